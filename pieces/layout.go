@@ -1,0 +1,90 @@
+package pieces
+
+import (
+	"fmt"
+	"math/bits"
+)
+
+const (
+	// MinPieceSize and MaxPieceSize bound what NewLayout chooses, in bytes.
+	// Content past MaxPieces pieces of MaxPieceSize gets larger ones.
+	MinPieceSize = 256 << 10
+	MaxPieceSize = 4 << 20
+
+	// aimedPieces is how many pieces a blob is cut into where the bounds allow
+	// it: the swarm's efficiency grows with their number.
+	aimedPieces = 256
+
+	// MaxPieces bounds the pieces of one task, and with it every set and every
+	// list of digests that comes from the network.
+	MaxPieces = 4096
+	// MaxLength bounds the content of one task, in bytes.
+	MaxLength = 1 << 42
+)
+
+// Layout says how content of Length bytes is cut: every piece has PieceSize
+// bytes but the last, which has what is left. The zero Layout is empty content.
+type Layout struct {
+	Length    int64
+	PieceSize int64
+}
+
+// NewLayout returns the layout for content of the given length in bytes, which
+// must be in [0, MaxLength]: the power of two nearest above length/256, within
+// [MinPieceSize, MaxPieceSize], and larger only where there would be more than
+// MaxPieces pieces.
+func NewLayout(length int64) Layout {
+	size := min(max(ceilPowerOfTwo(length/aimedPieces), MinPieceSize), MaxPieceSize)
+	for length > size*MaxPieces {
+		size *= 2
+	}
+	return Layout{Length: length, PieceSize: size}
+}
+
+func ceilPowerOfTwo(n int64) int64 {
+	if n <= 1 {
+		return 1
+	}
+	return 1 << bits.Len64(uint64(n-1))
+}
+
+// Validate returns an error for a layout that nobody following this package
+// could have made; check it on every layout from the network or the disk.
+func (l Layout) Validate() error {
+	if l.Length < 0 || l.Length > MaxLength {
+		return fmt.Errorf("length %d is outside 0 to %d", l.Length, int64(MaxLength))
+	}
+	if l.PieceSize < MinPieceSize || l.PieceSize&(l.PieceSize-1) != 0 {
+		return fmt.Errorf("piece size %d is not a power of two from %d up", l.PieceSize, MinPieceSize)
+	}
+	if l.PieceSize > MaxLength || (l.Length+l.PieceSize-1)/l.PieceSize > MaxPieces {
+		return fmt.Errorf("length %d in pieces of %d is more than %d pieces", l.Length, l.PieceSize, MaxPieces)
+	}
+	return nil
+}
+
+// Count returns the number of pieces. Empty content has none.
+func (l Layout) Count() int {
+	if l.Length == 0 {
+		return 0
+	}
+	return int((l.Length + l.PieceSize - 1) / l.PieceSize)
+}
+
+// Offset returns where piece i begins, in bytes; Offset(Count()) is Length.
+func (l Layout) Offset(i int) int64 { return min(int64(i)*l.PieceSize, l.Length) }
+
+// Size returns the number of bytes of piece i.
+func (l Layout) Size(i int) int64 { return l.Offset(i+1) - l.Offset(i) }
+
+// At returns the piece that holds the byte at off, which must be in [0, Length).
+func (l Layout) At(off int64) int { return int(off / l.PieceSize) }
+
+// Span returns the run [first, end) of pieces that hold the n bytes from off.
+// The bytes must lie inside the content; n may be 0.
+func (l Layout) Span(off, n int64) (first, end int) {
+	if n <= 0 {
+		return 0, 0
+	}
+	return l.At(off), l.At(off+n-1) + 1
+}
