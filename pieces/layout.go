@@ -17,9 +17,9 @@ const (
 
 	// MaxPieces bounds the pieces of one task, and with it every set and every
 	// list of digests that comes from the network.
-	MaxPieces = 4096
+	MaxPieces = 1 << 16
 	// MaxLength bounds the content of one task, in bytes.
-	MaxLength = 1 << 42
+	MaxLength = 1 << 40
 )
 
 // Layout says how content of Length bytes is cut: every piece has PieceSize
