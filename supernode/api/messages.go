@@ -1,0 +1,181 @@
+// Package api is the wire between hosts and a supernode: the session's
+// messages and connection, tickets, and the paths and headers of the HTTP API.
+package api
+
+import (
+	"damselfly.dev/pieces"
+)
+
+// Version is the version of the session's messages. A supernode refuses a host
+// of another version; fields may be added without a new one.
+const Version = 1
+
+// Up is one batch from a host to the supernode. Hello stands alone in the
+// first; the others are acted on in the order of the fields.
+type Up struct {
+	Hello  *Hello   `cbor:"1,keyasint,omitempty"`
+	Hold   []Hold   `cbor:"2,keyasint,omitempty"`
+	Join   []Join   `cbor:"3,keyasint,omitempty"`
+	Want   []Want   `cbor:"4,keyasint,omitempty"`
+	Done   []Done   `cbor:"5,keyasint,omitempty"`
+	Failed []Failed `cbor:"6,keyasint,omitempty"`
+	Leave  []Leave  `cbor:"7,keyasint,omitempty"`
+}
+
+// Down is one batch from the supernode to a host. Welcome stands alone in the
+// first; the others are acted on in the order of the fields.
+type Down struct {
+	Welcome    *Welcome     `cbor:"1,keyasint,omitempty"`
+	Task       []Task       `cbor:"2,keyasint,omitempty"`
+	Refused    []Refused    `cbor:"3,keyasint,omitempty"`
+	Digests    []Digests    `cbor:"4,keyasint,omitempty"`
+	Assign     []Assign     `cbor:"5,keyasint,omitempty"`
+	Cancel     []uint64     `cbor:"6,keyasint,omitempty"` // transfers to give up; no Failed is expected
+	Invalidate []Invalidate `cbor:"7,keyasint,omitempty"`
+	Progress   []Progress   `cbor:"8,keyasint,omitempty"`
+}
+
+// Hello introduces a host.
+type Hello struct {
+	Version int    `cbor:"1,keyasint"`
+	Host    string `cbor:"2,keyasint"` // the host's own id, stable over restarts, at most 64 bytes
+	// Addr is host:port where peers reach its pieces; with an empty host the
+	// supernode puts the session's remote address. "" is a host that only takes.
+	Addr string `cbor:"3,keyasint"`
+	Up   int    `cbor:"4,keyasint"` // upload lanes
+	Down int    `cbor:"5,keyasint"` // download lanes
+	Zone string `cbor:"6,keyasint,omitempty"`
+	Rack string `cbor:"7,keyasint,omitempty"`
+}
+
+// Welcome accepts a host.
+type Welcome struct {
+	Version   int    `cbor:"1,keyasint"`
+	TicketKey []byte `cbor:"2,keyasint"` // the Ed25519 public key that tickets are signed with
+}
+
+// Hold says which pieces of a task the host has, without wanting more; it
+// replaces what the host said before, and may come for a task that the
+// supernode does not know.
+type Hold struct {
+	Task   string        `cbor:"1,keyasint"`
+	Layout pieces.Layout `cbor:"2,keyasint"`
+	Have   []byte        `cbor:"3,keyasint"` // as pieces.ParseSet reads it
+}
+
+// Join asks for a task, once per caller: the answer, by Seq, is a Task or a
+// Refused. What the host already has goes ahead in a Hold.
+type Join struct {
+	Seq    uint64 `cbor:"1,keyasint"` // chosen by the host, not reused in a session
+	Task   string `cbor:"2,keyasint"`
+	Origin Origin `cbor:"3,keyasint"`
+}
+
+// Origin is where a task's bytes come from: a repository of a registry (the
+// task's id is the blob's digest) or else a URL. It holds the caller's
+// credentials: never log it, never keep it past the request.
+type Origin struct {
+	Registry   string              `cbor:"1,keyasint,omitempty"`
+	Repository string              `cbor:"2,keyasint,omitempty"`
+	URL        string              `cbor:"3,keyasint,omitempty"`
+	Header     map[string][]string `cbor:"4,keyasint,omitempty"` // what the caller sent along for the origin
+}
+
+// String says nothing of what an Origin holds, so that a stray %v leaks nothing.
+func (o Origin) String() string { return "origin" }
+
+// GoString is String, for %#v.
+func (o Origin) GoString() string { return "origin" }
+
+// Want asks for a run of pieces before any other of the task: a reader waits
+// at them. It replaces the host's earlier Want for the task.
+type Want struct {
+	Task  int32 `cbor:"1,keyasint"`
+	First int   `cbor:"2,keyasint"`
+	Count int   `cbor:"3,keyasint"`
+}
+
+// Done reports one verified piece of a transfer; the run's last piece ends it.
+type Done struct {
+	Transfer uint64 `cbor:"1,keyasint"`
+	Piece    int    `cbor:"2,keyasint"`
+}
+
+// Failure says why a transfer ended early.
+type Failure int
+
+// The failures of a transfer.
+const (
+	Busy    Failure = iota + 1 // the parent is full; it says when to come back
+	Gone                       // no connection, a break, a stall, or the parent lacks the piece
+	Corrupt                    // the bytes did not have the piece's digest
+	Local                      // the host itself could not go on (disk full, shutting down)
+)
+
+// Failed reports the end of a transfer whose remaining pieces did not arrive.
+type Failed struct {
+	Transfer uint64  `cbor:"1,keyasint"`
+	Why      Failure `cbor:"2,keyasint"`
+	RetryMS  int64   `cbor:"3,keyasint,omitempty"` // for Busy: when to come back, in milliseconds
+}
+
+// Leave says that the host neither has nor wants the task any more.
+type Leave struct {
+	Task string `cbor:"1,keyasint"`
+}
+
+// Task grants a Join, and (with Seq 0) renews the ticket of a task joined before.
+type Task struct {
+	Seq    uint64        `cbor:"1,keyasint,omitempty"`
+	Task   string        `cbor:"2,keyasint"`
+	Num    int32         `cbor:"3,keyasint"` // stands for the task in this session's other messages
+	Layout pieces.Layout `cbor:"4,keyasint"`
+	Ticket string        `cbor:"5,keyasint"` // shown to parents; see Ticket
+	Public bool          `cbor:"6,keyasint,omitempty"`
+}
+
+// Refused is the answer to a Join that is not granted. A Status from 400 on
+// with Final set is the origin's own no, to be relayed as it came; otherwise
+// the region cannot serve the task and the host should ask the origin itself.
+type Refused struct {
+	Seq    uint64              `cbor:"1,keyasint"`
+	Status int                 `cbor:"2,keyasint"`
+	Header map[string][]string `cbor:"3,keyasint,omitempty"`
+	Body   []byte              `cbor:"4,keyasint,omitempty"`
+	Final  bool                `cbor:"5,keyasint,omitempty"`
+	Reason string              `cbor:"6,keyasint,omitempty"` // for people
+}
+
+// Digests are the digests of the pieces from First on, as pieces.ParseDigests
+// reads them. That of the last piece comes only when the whole content's own
+// digest has been found right.
+type Digests struct {
+	Task    int32  `cbor:"1,keyasint"`
+	First   int    `cbor:"2,keyasint"`
+	Digests []byte `cbor:"3,keyasint"`
+}
+
+// Assign tells the host to get the run of Count pieces from First on from
+// Parent. The pieces' digests have been sent before.
+type Assign struct {
+	Transfer uint64 `cbor:"1,keyasint"`
+	Task     int32  `cbor:"2,keyasint"`
+	First    int    `cbor:"3,keyasint"`
+	Count    int    `cbor:"4,keyasint"`
+	Parent   string `cbor:"5,keyasint,omitempty"` // host:port; "" is the supernode itself
+	Data     []byte `cbor:"6,keyasint,omitempty"` // the run's bytes, when they are few: nothing to fetch
+}
+
+// Invalidate tells the host to drop what it has of a task: the content turned
+// out wrong, or the supernode gave it up.
+type Invalidate struct {
+	Task   string `cbor:"1,keyasint"`
+	Reason string `cbor:"2,keyasint"`
+}
+
+// Progress says, about once a second while it grows, how many bytes the
+// supernode has from the origin: a host that waits knows that it is not in vain.
+type Progress struct {
+	Task    int32 `cbor:"1,keyasint"`
+	Fetched int64 `cbor:"2,keyasint"`
+}
