@@ -1,0 +1,251 @@
+package registryproxy
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"math"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// MaxManifestSize is the size in bytes of the largest manifest that is read.
+const MaxManifestSize = 4 << 20
+
+// manifestTypes are asked for where a caller says nothing of what it takes.
+var manifestTypes = []string{
+	"application/vnd.oci.image.index.v1+json",
+	"application/vnd.oci.image.manifest.v1+json",
+	"application/vnd.docker.distribution.manifest.list.v2+json",
+	"application/vnd.docker.distribution.manifest.v2+json",
+	"*/*",
+}
+
+// Manifest is a manifest as the registry gives it. Of a GET, Body holds all of
+// it, and Digest and Size are its own. Of a HEAD, Body is nil, Digest is "" and
+// Size -1 where the registry does not say. MediaType has no parameters.
+type Manifest struct {
+	MediaType string
+	Digest    digest.Digest
+	Size      int64
+	Body      []byte
+}
+
+// Manifest asks for a manifest by tag or digest, with a HEAD or a GET. The
+// bytes of a GET have the digest that reference is or that the registry names,
+// and are at most MaxManifestSize.
+func (c *Client) Manifest(ctx context.Context, head bool, repo Repository, reference string, accept []string, who Caller) (*Manifest, error) {
+	if len(accept) == 0 {
+		accept = manifestTypes
+	}
+	q := question{
+		Route:  Route{KindManifest, repo, reference},
+		method: method(head),
+		header: http.Header{"Accept": slices.Clone(accept)},
+		who:    who,
+	}
+	a, err := c.ask(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	defer a.body.Close()
+	if err := a.want(http.StatusOK); err != nil {
+		return nil, err
+	}
+	named := digest.Digest(a.header.Get("Docker-Content-Digest"))
+	if named.Validate() != nil {
+		named = ""
+	}
+	if d := digest.Digest(reference); d.Validate() == nil {
+		if named != "" && named != d && named.Algorithm() == d.Algorithm() {
+			return nil, a.body.failed(fmt.Errorf("asked for manifest %s, it answers with %s", d, named))
+		}
+		named = d
+	}
+	m := &Manifest{MediaType: mediaType(a.header), Digest: named, Size: a.length}
+	if head {
+		return m, nil
+	}
+	if err := m.read(a.body); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// read fills m from a body and checks it.
+func (m *Manifest) read(body *watched) error {
+	if m.Size > MaxManifestSize {
+		return body.failed(permanent("the manifest is larger than 4 MiB"))
+	}
+	b, err := io.ReadAll(io.LimitReader(body, MaxManifestSize+1))
+	switch {
+	case err != nil:
+		return err
+	case len(b) > MaxManifestSize:
+		return body.failed(permanent("the manifest is larger than 4 MiB"))
+	}
+	algorithm := digest.Canonical
+	if m.Digest != "" {
+		algorithm = m.Digest.Algorithm()
+	}
+	sum := algorithm.FromBytes(b)
+	if m.Digest != "" && m.Digest != sum {
+		return body.failed(fmt.Errorf("manifest %s: the bytes have the digest %s", m.Digest, sum))
+	}
+	m.Digest, m.Size, m.Body = sum, int64(len(b)), b
+	return nil
+}
+
+func method(head bool) string {
+	if head {
+		return http.MethodHead
+	}
+	return http.MethodGet
+}
+
+func mediaType(h http.Header) string {
+	t, _, err := mime.ParseMediaType(h.Get("Content-Type"))
+	if err != nil {
+		return ""
+	}
+	return t
+}
+
+// want checks an answer's status, and that its bytes are those that are stored.
+func (a *answer) want(status ...int) error {
+	if !slices.Contains(status, a.status) {
+		return a.body.failed(permanent(fmt.Sprintf("the answer has the status %d", a.status)))
+	}
+	if e := a.header.Get("Content-Encoding"); e != "" && e != "identity" {
+		return a.body.failed(permanent("the answer has a content encoding, though none was asked for"))
+	}
+	return nil
+}
+
+// BlobBody is the bytes of a blob as they come from the registry, to be closed
+// by whoever asked; nothing has checked them. A Read fails when they stall or
+// end too early, and with the context of the request.
+type BlobBody struct {
+	io.ReadCloser
+	Length      int64 // of the whole blob, -1 if the registry does not say
+	ContentType string
+}
+
+// Blob asks for a blob's bytes from off on, 0 ≤ off < its length.
+func (c *Client) Blob(ctx context.Context, repo Repository, dgst string, off int64, who Caller) (*BlobBody, error) {
+	return c.blob(ctx, repo, dgst, off, -1, who)
+}
+
+// BlobRange asks for at most n > 0 bytes of a blob from off on, fewer only
+// where the blob ends; 0 ≤ off < its length.
+func (c *Client) BlobRange(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller) (*BlobBody, error) {
+	if n <= 0 {
+		return nil, fmt.Errorf("range of %d bytes of blob %s", n, dgst)
+	}
+	return c.blob(ctx, repo, dgst, off, n, who)
+}
+
+// blob asks for n bytes, -1 for all there are.
+func (c *Client) blob(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller) (*BlobBody, error) {
+	q := question{Route: Route{KindBlob, repo, dgst}, method: http.MethodGet, header: http.Header{}, who: who}
+	switch {
+	case off < 0:
+		return nil, fmt.Errorf("offset %d of blob %s", off, dgst)
+	case n > 0:
+		q.header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+min(n, math.MaxInt64-off)-1))
+	case off > 0:
+		q.header.Set("Range", fmt.Sprintf("bytes=%d-", off))
+	}
+	a, err := c.ask(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	b, err := a.blob(off, n)
+	if err != nil {
+		a.body.Close()
+		return nil, err
+	}
+	return b, nil
+}
+
+// blob makes the answer to a request for n bytes from off on, -1 for all there
+// are, exactly those bytes.
+func (a *answer) blob(off, n int64) (*BlobBody, error) {
+	if err := a.want(http.StatusOK, http.StatusPartialContent); err != nil {
+		return nil, err
+	}
+	b := &BlobBody{ReadCloser: a.body, Length: a.length, ContentType: mediaType(a.header)}
+	left := a.length // -1 if not known
+	if a.status == http.StatusPartialContent {
+		r, size, ok := parseContentRange(a.header.Get("Content-Range"))
+		switch {
+		case !ok || r.Offset != off || (n < 0 && size >= 0 && off+r.Length != size) ||
+			(n >= 0 && r.Length != n && (r.Length > n || off+r.Length != size)) ||
+			(a.length >= 0 && a.length != r.Length):
+			return nil, a.body.failed(permanent("the answer is not the range that was asked for"))
+		}
+		b.Length, left = size, r.Length
+	} else if off > 0 || n >= 0 {
+		switch _, err := io.CopyN(io.Discard, a.body, off); {
+		case err == io.EOF:
+			return nil, a.body.failed(io.ErrUnexpectedEOF)
+		case err != nil:
+			return nil, err
+		}
+		if left >= 0 {
+			left -= off
+		}
+		if n >= 0 && (left < 0 || left > n) {
+			left = n
+		}
+	}
+	if left >= 0 {
+		b.ReadCloser = &exact{a.body, left, a.body.failed(io.ErrUnexpectedEOF)}
+	}
+	return b, nil
+}
+
+// HeadBlob asks for a blob's length, -1 if the registry does not say.
+func (c *Client) HeadBlob(ctx context.Context, repo Repository, dgst string, who Caller) (int64, error) {
+	a, err := c.ask(ctx, question{Route: Route{KindBlob, repo, dgst}, method: http.MethodHead, who: who})
+	if err != nil {
+		return 0, err
+	}
+	defer a.body.Close()
+	return a.length, a.want(http.StatusOK)
+}
+
+// forwardedHeaders of a caller's request mean something to a registry.
+var forwardedHeaders = []string{"Accept", "If-Modified-Since", "If-None-Match"}
+
+// Forward asks for what route names with a GET or HEAD, and with the caller's
+// query but for ns, and returns the answer as it comes, its body unlimited and
+// to be closed.
+func (c *Client) Forward(ctx context.Context, method string, route Route, query url.Values, header http.Header, who Caller) (*http.Response, error) {
+	if method != http.MethodGet && method != http.MethodHead {
+		return nil, &Error{http.StatusMethodNotAllowed, CodeUnsupported, "only reads are forwarded"}
+	}
+	q := question{Route: route, method: method, header: http.Header{}, who: who}
+	query = maps.Clone(query)
+	delete(query, "ns")
+	q.query = query.Encode()
+	for _, k := range forwardedHeaders {
+		if v := header.Values(k); len(v) > 0 {
+			q.header[k] = slices.Clone(v)
+		}
+	}
+	a, err := c.ask(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	return &http.Response{
+		StatusCode: a.status, Status: http.StatusText(a.status),
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		Header: a.header, ContentLength: a.length, Body: a.body,
+	}, nil
+}
