@@ -6,9 +6,10 @@ import (
 )
 
 const (
-	// MinPieceSize and MaxPieceSize bound what NewLayout chooses, in bytes.
-	// Content past MaxPieces pieces of MaxPieceSize gets larger ones.
+	// MinPieceSize is the least that NewLayout chooses, in bytes.
 	MinPieceSize = 256 << 10
+	// MaxPieceSize is the most that NewLayout chooses, in bytes, but for content
+	// past MaxPieces pieces of it.
 	MaxPieceSize = 4 << 20
 
 	// aimedPieces is how many pieces a blob is cut into where the bounds allow

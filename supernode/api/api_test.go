@@ -10,9 +10,10 @@ import (
 	"testing"
 	"time"
 
-	"damselfly.dev/pieces"
 	"github.com/fxamacker/cbor/v2"
 	"github.com/stretchr/testify/require"
+
+	"damselfly.dev/pieces"
 )
 
 func TestSessionCarriesBatchesBothWays(t *testing.T) {

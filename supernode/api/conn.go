@@ -18,9 +18,9 @@ const (
 	// MaxInline bounds the data that comes with an Assign, in bytes.
 	MaxInline = 64 << 10
 
-	// PingEvery and SilenceLimit: each end pings, and takes an end that has
-	// not answered for SilenceLimit for dead.
-	PingEvery    = 2 * time.Second
+	// PingEvery is how often each end asks whether the other is there.
+	PingEvery = 2 * time.Second
+	// SilenceLimit is when an end that has not answered is taken for dead.
 	SilenceLimit = 5 * time.Second
 
 	maxBatch = 1 << 16 // elements of any list in a frame

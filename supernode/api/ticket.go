@@ -8,8 +8,9 @@ import (
 	"strings"
 	"time"
 
-	"damselfly.dev/pieces"
 	"github.com/fxamacker/cbor/v2"
+
+	"damselfly.dev/pieces"
 )
 
 // TicketLife is how long a ticket is good for; a host with a running task gets

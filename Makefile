@@ -1,0 +1,47 @@
+# Damselfly. `make` alone lists what there is to make.
+
+GO      ?= go
+TAGS    := nomsgpack
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GOFLAGS_BUILD := -trimpath -tags $(TAGS) -ldflags "-s -w -X damselfly.dev/cmd/internal/cli.Version=$(VERSION)"
+TOOL    := $(GO) tool -modfile=tools/go.mod
+
+.PHONY: help build install test unit lint region engines lab demo bench fuzz fmt clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build supernode, dfdaemon and dfget into bin/
+	CGO_ENABLED=0 $(GO) build $(GOFLAGS_BUILD) -o bin/ ./cmd/...
+
+install: ## install what the tests and the demo need (root, Debian 12)
+	test/install.sh
+
+test: install lint unit lab engines ## everything: lint, unit, race, the region in one process, real engines
+
+lint: ## formatting, layering and the linters
+	$(TOOL) golangci-lint run ./...
+
+unit: ## all that needs no root: unit tests, the region in one process
+	$(GO) test -race -tags $(TAGS) -timeout 10m $$($(GO) list ./... | grep -v -e /test/lab -e /test/engines -e /test/demo)
+
+lab: build ## tests on network namespaces with shaped links (root)
+	$(GO) test -race -tags $(TAGS) -count=1 -timeout 10m ./test/lab/... ./test/demo/...
+
+engines: build ## real registries and engines pull through dfdaemon (root)
+	$(GO) test -race -tags $(TAGS) -count=1 -timeout 15m ./test/engines/...
+
+demo: ## one image to six hosts, with and without Damselfly (root: on shaped links)
+	$(GO) run -tags $(TAGS) ./test/demo $(DEMOFLAGS)
+
+bench: build ## speed and memory, as ratios
+	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchmem ./pieces/... ./scheduler/...
+
+fuzz: ## every fuzz test for FUZZTIME (1m) each
+	test/fuzz.sh $${FUZZTIME:-1m}
+
+fmt: ## format the code
+	$(TOOL) golangci-lint fmt ./...
+
+clean: ## remove what was built
+	rm -rf bin
