@@ -1,0 +1,267 @@
+// Command bench measures real processes and prints what they took beside what
+// they may take: peak memory with many large blobs at once.
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// row is one line of the table.
+type row struct {
+	Name   string  `json:"name"`
+	Figure float64 `json:"figure"`
+	Limit  float64 `json:"limit"`
+	Unit   string  `json:"unit"`
+	OK     bool    `json:"ok"`
+}
+
+func main() {
+	blobs := flag.Int("blobs", 10, "how many blobs at once")
+	size := flag.Int64("size", 256<<20, "bytes of each blob")
+	bin := flag.String("bin", "bin", "folder of the built commands")
+	out := flag.String("json", "", "write the rows to this file too")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, *bin, *out, *blobs, *size); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, bin, out string, blobs int, size int64) error {
+	dir, err := os.MkdirTemp("", "damselfly-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	rows, err := memory(ctx, bin, dir, blobs, size)
+	if err != nil {
+		return err
+	}
+	tw := tabwriter.NewWriter(os.Stdout, 2, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "what\tmeasured\tlimit\t")
+	missed := 0
+	for _, r := range rows {
+		verdict := "holds"
+		if !r.OK {
+			verdict = "DOES NOT HOLD"
+			missed++
+		}
+		fmt.Fprintf(tw, "%s\t%.1f %s\t%.0f %s\t%s\n", r.Name, r.Figure, r.Unit, r.Limit, r.Unit, verdict)
+	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	if out != "" {
+		b, err := json.MarshalIndent(rows, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(out, append(b, '\n'), 0o644); err != nil {
+			return err
+		}
+	}
+	if missed > 0 {
+		return fmt.Errorf("%d of %d rows do not hold", missed, len(rows))
+	}
+	return nil
+}
+
+// memory pulls all blobs at once through two hosts, the second beginning when
+// the first is under way so that both receive and send, and reads the peak
+// resident memory of each process.
+func memory(ctx context.Context, bin, dir string, blobs int, size int64) ([]row, error) {
+	origin := newOrigin(blobs, size)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	srv := &http.Server{Handler: origin, ReadHeaderTimeout: time.Minute}
+	go srv.Serve(ln) //nolint:errcheck // ends with the process
+	defer srv.Close()
+
+	ports, err := freePorts(7)
+	if err != nil {
+		return nil, err
+	}
+	registry := "bench.example=http://" + ln.Addr().String()
+	super, err := start(ctx, dir, "supernode", bin, "--listen", ports[0], "--data-dir", filepath.Join(dir, "s"), "--registry", registry)
+	if err != nil {
+		return nil, err
+	}
+	defer super.stop()
+	if err := ready(ctx, "http://"+ports[0]+"/healthz"); err != nil {
+		return nil, err
+	}
+	daemons := make([]*process, 2)
+	for i := range daemons {
+		p := ports[1+3*i:]
+		daemons[i], err = start(ctx, dir, "dfdaemon", bin, "--supernode", "http://"+ports[0], "--advertise", "127.0.0.1",
+			"--data-dir", filepath.Join(dir, strconv.Itoa(i)), "--mirror-listen", p[0], "--peer-listen", p[1], "--metrics-listen", p[2],
+			"--socket", filepath.Join(dir, strconv.Itoa(i)+".sock"), "--registry", registry)
+		if err != nil {
+			return nil, err
+		}
+		defer daemons[i].stop()
+		if err := ready(ctx, "http://"+p[2]+"/healthz"); err != nil {
+			return nil, err
+		}
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	for i := range daemons {
+		for b := range origin.blobs {
+			g.Go(func() error { return pull(gctx, ports[1+3*i], origin.blobs[b]) })
+		}
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	what := fmt.Sprintf(", %d blobs of %d MiB at once", blobs, size>>20)
+	rows := make([]row, 0, 4)
+	for i, d := range daemons {
+		rows = append(rows, limited(fmt.Sprintf("dfdaemon %d peak memory%s", i+1, what), d.peakMiB(), 100, "MiB"))
+	}
+	rows = append(rows,
+		limited("supernode peak memory"+what, super.peakMiB(), 200, "MiB"),
+		limited("origin bytes / unique bytes", float64(origin.sent.Load())/float64(int64(blobs)*size), 1.004, ""))
+	return rows, nil
+}
+
+func limited(name string, figure, limit float64, unit string) row {
+	return row{Name: name, Figure: figure, Limit: limit, Unit: unit, OK: figure > 0 && figure <= limit}
+}
+
+func pull(ctx context.Context, mirror string, b blob) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+mirror+"/v2/bench/blobs/blobs/"+b.digest+"?ns=bench.example", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("pull %s: %s", b.digest, resp.Status)
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, resp.Body); err != nil {
+		return fmt.Errorf("pull %s: %w", b.digest, err)
+	}
+	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != b.digest {
+		return fmt.Errorf("pull %s: got %s", b.digest, got)
+	}
+	return nil
+}
+
+// process is one of ours, started for the measurement.
+type process struct {
+	cmd *exec.Cmd
+	log string
+}
+
+func start(ctx context.Context, dir, name, bin string, args ...string) (*process, error) {
+	f, err := os.CreateTemp(dir, name+"-*.log")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, name), args...)
+	cmd.Stdout, cmd.Stderr = f, f
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return &process{cmd: cmd, log: f.Name()}, nil
+}
+
+func (p *process) stop() {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	_ = p.cmd.Wait()
+}
+
+// peakMiB is the most resident memory the process has had, 0 when unknown.
+func (p *process) peakMiB() float64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kb, _ := strconv.ParseFloat(strings.Fields(v)[0], 64)
+			return kb / 1024
+		}
+	}
+	return 0
+}
+
+func freePorts(n int) ([]string, error) {
+	var addrs []string
+	for range n {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer ln.Close()
+		addrs = append(addrs, ln.Addr().String())
+	}
+	return addrs, nil
+}
+
+func ready(ctx context.Context, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	t := time.NewTicker(50 * time.Millisecond)
+	defer t.Stop()
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return err
+		}
+		if resp, err := http.DefaultClient.Do(req); err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return errors.New("not ready within 20 s: " + url)
+		case <-t.C:
+		}
+	}
+}
+
+type blob struct {
+	seed   uint64
+	digest string
+}
+
+// content is the blob's bytes, made anew at each call.
+func (b blob) content(size int64) io.Reader {
+	var seed [32]byte
+	seed[0] = byte(b.seed)
+	return io.LimitReader(rand.NewChaCha8(seed), size)
+}
