@@ -21,6 +21,10 @@ const (
 	MaxPieces = 1 << 16
 	// MaxLength bounds the content of one task, in bytes.
 	MaxLength = 1 << 40
+
+	// largestPieceSize is what content of MaxLength needs. It bounds the memory
+	// that receiving a piece takes, whatever layout the network tells.
+	largestPieceSize = MaxLength / MaxPieces
 )
 
 // Layout says how content of Length bytes is cut: every piece has PieceSize
@@ -55,10 +59,10 @@ func (l Layout) Validate() error {
 	if l.Length < 0 || l.Length > MaxLength {
 		return fmt.Errorf("length %d is outside 0 to %d", l.Length, int64(MaxLength))
 	}
-	if l.PieceSize < MinPieceSize || l.PieceSize&(l.PieceSize-1) != 0 {
-		return fmt.Errorf("piece size %d is not a power of two from %d up", l.PieceSize, MinPieceSize)
+	if l.PieceSize < MinPieceSize || l.PieceSize > largestPieceSize || l.PieceSize&(l.PieceSize-1) != 0 {
+		return fmt.Errorf("piece size %d is not a power of two from %d to %d", l.PieceSize, MinPieceSize, largestPieceSize)
 	}
-	if l.PieceSize > MaxLength || (l.Length+l.PieceSize-1)/l.PieceSize > MaxPieces {
+	if (l.Length+l.PieceSize-1)/l.PieceSize > MaxPieces {
 		return fmt.Errorf("length %d in pieces of %d is more than %d pieces", l.Length, l.PieceSize, MaxPieces)
 	}
 	return nil

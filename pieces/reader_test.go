@@ -1,0 +1,152 @@
+package pieces
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"testing"
+)
+
+// sink stands for a connection with sendfile: it takes what io.Copy hands it.
+type sink struct {
+	bytes.Buffer
+	files, others int
+}
+
+func (s *sink) ReadFrom(r io.Reader) (int64, error) {
+	if lr, ok := r.(*io.LimitedReader); ok {
+		if _, ok := lr.R.(*os.File); ok {
+			s.files++
+			return s.Buffer.ReadFrom(r)
+		}
+	}
+	s.others++
+	return s.Buffer.ReadFrom(r)
+}
+
+func TestCopyRange(t *testing.T) {
+	b, m := blob(40, 3*MinPieceSize+11)
+	c := create(t, open(t, t.TempDir(), StoreConfig{}), m)
+	l := m.Layout
+	for i := range 3 {
+		if _, err := c.Make(i, bytes.NewReader(piece(l, b, i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const p = MinPieceSize
+	for _, tt := range []struct {
+		off, n int64
+		want   error // nil for the bytes
+	}{
+		{0, 0, nil}, {0, 1, nil}, {p - 1, 2, nil}, {5, 3*p - 5, nil}, {3 * p, 0, nil},
+		{3*p - 1, 2, ErrMissing}, {0, 3*p + 11, ErrMissing},
+		{0, 3*p + 12, errAny}, {-1, 2, errAny}, {1, -1, errAny}, {1 << 62, 1 << 62, errAny},
+	} {
+		var w sink
+		n, err := c.CopyRange(&w, tt.off, tt.n)
+		if tt.want != nil {
+			if err == nil || n != 0 || w.Len() != 0 || (tt.want != errAny && !errors.Is(err, tt.want)) {
+				t.Errorf("%d bytes from %d: %d bytes, %v, want %v", tt.n, tt.off, n, err, tt.want)
+			}
+			continue
+		}
+		if err != nil || n != tt.n || !bytes.Equal(w.Bytes(), b[tt.off:tt.off+tt.n]) {
+			t.Errorf("%d bytes from %d: %d bytes, %v", tt.n, tt.off, n, err)
+		}
+		if w.files != 1 || w.others != 0 {
+			t.Errorf("%d bytes from %d reach the connection as no file", tt.n, tt.off)
+		}
+	}
+}
+
+var errAny = errors.New("any error")
+
+// TestReaders has many readers of random ranges, by Read and by WriteTo, while
+// pieces come in random order.
+func TestReaders(t *testing.T) {
+	b, m := blob(41, 40*MinPieceSize-3)
+	c := create(t, open(t, t.TempDir(), StoreConfig{}), m)
+	if err := c.SetDigests(0, digestsOf(m.Layout, b)); err != nil {
+		t.Fatal(err)
+	}
+	rnd := rand.New(rand.NewPCG(1, 2))
+	var wg sync.WaitGroup
+	for i := range 32 {
+		off := rnd.Int64N(m.Layout.Length)
+		n := rnd.Int64N(m.Layout.Length - off + 1)
+		wg.Go(func() {
+			r := c.NewReader(t.Context(), off, n)
+			var w sink
+			var err error
+			if i%2 == 0 {
+				_, err = r.WriteTo(&w)
+			} else {
+				_, err = io.CopyBuffer(&w.Buffer, struct{ io.Reader }{r}, make([]byte, 50_000))
+			}
+			if err != nil || !bytes.Equal(w.Bytes(), b[off:off+n]) {
+				t.Errorf("reader of %d from %d: %d bytes, %v", n, off, w.Len(), err)
+			}
+			if w.others > 0 {
+				t.Error("a reader's bytes reach the connection as no file")
+			}
+			if k, err := r.Read(make([]byte, 1)); k != 0 || err != io.EOF {
+				t.Errorf("after its end a reader gives %d bytes, %v", k, err)
+			}
+		})
+	}
+	for _, i := range rnd.Perm(m.Layout.Count()) {
+		wg.Go(func() {
+			if err := c.Receive(i, bytes.NewReader(piece(m.Layout, b, i))); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if len(c.waiters) != 0 {
+		t.Errorf("%d waiters left", len(c.waiters))
+	}
+}
+
+func TestReaderEnds(t *testing.T) {
+	b, m := blob(42, 2*MinPieceSize)
+	s := open(t, t.TempDir(), StoreConfig{})
+	c := create(t, s, m)
+	if _, err := c.Make(0, bytes.NewReader(b)); err != nil {
+		t.Fatal(err)
+	}
+	why := errors.New("engine hung up")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	var w sink
+	n, err := c.NewReader(ctx, 10, m.Layout.Length-10).WriteTo(&w)
+	wantErr(t, err, why)
+	if n != MinPieceSize-10 || !bytes.Equal(w.Bytes(), b[10:MinPieceSize]) {
+		t.Errorf("%d bytes before the end", n)
+	}
+	got, err := io.ReadAll(c.NewReader(ctx, 10, m.Layout.Length-10))
+	wantErr(t, err, why)
+	if !bytes.Equal(got, b[10:MinPieceSize]) {
+		t.Errorf("%d bytes read before the end", len(got))
+	}
+	for _, tt := range [][2]int64{{-1, 1}, {0, m.Layout.Length + 1}, {m.Layout.Length + 1, 0}} {
+		r := c.NewReader(t.Context(), tt[0], tt[1])
+		if n, err := r.Read(make([]byte, 1)); n != 0 || err == nil || err == io.EOF {
+			t.Errorf("range %v: %d bytes, %v", tt, n, err)
+		}
+		if n, err := r.WriteTo(&w); n != 0 || err == nil {
+			t.Errorf("range %v: wrote %d bytes, %v", tt, n, err)
+		}
+	}
+	r := c.NewReader(t.Context(), m.Layout.Length, 0)
+	if n, err := r.Read(nil); n != 0 || err != io.EOF {
+		t.Errorf("empty range: %d bytes, %v", n, err)
+	}
+	c.Release()
+	if _, err := io.ReadAll(c.NewReader(t.Context(), 0, 1)); err == nil {
+		t.Error("a released content is read")
+	}
+}

@@ -1,0 +1,432 @@
+package pieces
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// Errors that callers branch on; they come wrapped with the task they are about.
+var (
+	ErrNotFound = errors.New("not in the store")
+	ErrInUse    = errors.New("in use with another layout")
+	ErrQuota    = errors.New("no room below the quota")
+	ErrGone     = errors.New("removed from the store")
+	ErrClosed   = errors.New("store is closed")
+	ErrLocked   = errors.New("in use by another process")
+	ErrMissing  = errors.New("not present")
+	ErrConflict = errors.New("contradicts the known digest")
+	ErrNoDigest = errors.New("digest is not known")
+)
+
+// Names in a store's directory. A task's directory is named by its id with '-'
+// for ':'; every other name is left alone.
+const (
+	lockName    = "lock"      // held with flock while a process has the store open
+	cleanName   = "clean"     // the last end was clean; lists the tasks in doubt all the same
+	tempPrefix  = "tmp-"      // on its way in by rename, or on its way out
+	contentName = "content"   // in a task's directory: the content's own bytes, sparse
+	metaName    = "meta.json" // in a task's directory: its Meta
+	recordName  = "pieces"    // in a task's directory: see record.go
+)
+
+// stampAfter is how far the last use on disk may lag behind the real one.
+const stampAfter = time.Minute
+
+// StoreConfig is what a store may be told.
+type StoreConfig struct {
+	// Quota is the most bytes of content kept, 0 for no bound. A task counts with
+	// its whole length from Create on.
+	Quota int64
+	// OnEvict, where set, is called with each task evicted to make room, without
+	// locks held, by the goroutine whose Create needed the room.
+	OnEvict func(TaskID)
+}
+
+// Store keeps the contents of tasks in one directory on disk. Its methods may be
+// called by any number of goroutines.
+type Store struct {
+	root    *os.Root
+	lock    *os.File
+	cfg     StoreConfig
+	temps   atomic.Int64  // makes temporary names unique
+	buffers [25]sync.Pool // of *[]byte, by the exponent of their size
+	hashes  sync.Pool     // of hash.Hash
+
+	// mu guards what follows, and which task's files the names on disk are: they
+	// change only while it is held. It is taken before a task's mu and after its disk.
+	mu      sync.Mutex
+	tasks   map[TaskID]*task
+	used    int64 // bytes reserved
+	evicted int
+	closed  bool
+}
+
+// Held is a task in the store.
+type Held struct {
+	Meta
+	Have    Set // the caller's own; after an unclean end with pieces that are yet to be verified
+	LastUse time.Time
+}
+
+// Usage is how full a store is.
+type Usage struct {
+	Reserved int64 // bytes, each task with its whole length
+	Quota    int64 // bytes, 0 for no bound
+	Tasks    int
+	Evicted  int // tasks evicted since the store was opened
+}
+
+// OpenStore opens the store in dir, which it makes when it is missing. Only one
+// process can have it open: another gets ErrLocked. Tasks that are damaged are
+// dropped; after an end without Close each piece is verified before its first use.
+func OpenStore(dir string, cfg StoreConfig) (*Store, error) {
+	s := &Store{cfg: cfg, tasks: make(map[TaskID]*task)}
+	err := s.open(dir)
+	if err == nil {
+		return s, nil
+	}
+	if s.lock != nil {
+		s.lock.Close()
+	}
+	if s.root != nil {
+		s.root.Close()
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("open store %s: %w: give it and all in it to uid %d (chown -R), or choose another directory",
+			dir, err, os.Geteuid())
+	}
+	return nil, fmt.Errorf("open store %s: %w", dir, err)
+}
+
+func (s *Store) open(dir string) (err error) {
+	if err = os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if s.root, err = os.OpenRoot(dir); err != nil {
+		return err
+	}
+	if s.lock, err = s.root.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	if err = syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return ErrLocked
+		}
+		return fmt.Errorf("lock: %w", err)
+	}
+	trusted, err := s.takeMarker()
+	if err != nil {
+		return err
+	}
+	if err := s.load(trusted); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	trash, _, _ := s.makeRoomLocked(0)
+	s.mu.Unlock()
+	s.discard(trash)
+	return nil
+}
+
+// takeMarker removes the marker of a clean end, so that whatever ends this
+// process from here on counts as unclean, and returns which tasks need no
+// verifying.
+func (s *Store) takeMarker() (trusted func(TaskID) bool, err error) {
+	nobody := func(TaskID) bool { return false }
+	b, err := s.readFile(cleanName)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nobody, nil
+	}
+	var doubtful []TaskID
+	if err == nil {
+		err = json.Unmarshal(b, &doubtful)
+	}
+	if err := errors.Join(s.root.RemoveAll(cleanName), s.syncDir(".")); err != nil {
+		return nil, err
+	}
+	if err != nil { // a marker that cannot be read says nothing
+		return nobody, nil
+	}
+	return func(id TaskID) bool { return !slices.Contains(doubtful, id) }, nil
+}
+
+// load sweeps temporary names and reads every task, dropping those it cannot.
+func (s *Store) load(trusted func(TaskID) bool) error {
+	entries, err := fs.ReadDir(s.root.FS(), ".")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		id, isTask := dirTask(e.Name())
+		if isTask {
+			err := s.loadTask(id, trusted(id))
+			if errors.Is(err, fs.ErrPermission) {
+				return err
+			}
+			if err == nil {
+				continue
+			}
+		}
+		if isTask || strings.HasPrefix(e.Name(), tempPrefix) {
+			if err := s.root.RemoveAll(e.Name()); errors.Is(err, fs.ErrPermission) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Close ends the use of the store: all that it has is made durable, so that the
+// next OpenStore can trust it, and waiting readers get ErrClosed. Contents that
+// are still pinned serve what they have open and take no more pieces.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	tasks := make([]*task, 0, len(s.tasks))
+	for _, t := range s.tasks {
+		t.end(ErrClosed)
+		tasks = append(tasks, t)
+		if t.made && t.lastUse.After(t.stamped) {
+			_ = s.root.Chtimes(t.dir, t.lastUse, t.lastUse) // the order of eviction is not worth an error
+		}
+	}
+	s.mu.Unlock()
+
+	doubtful := []TaskID{}
+	for _, t := range tasks {
+		if !t.settleDown() {
+			doubtful = append(doubtful, t.id)
+		}
+	}
+	err := s.writeMarker(doubtful)
+	return errors.Join(err, s.root.Close(), s.lock.Close())
+}
+
+func (s *Store) writeMarker(doubtful []TaskID) error {
+	b, err := json.Marshal(doubtful)
+	if err != nil {
+		return err
+	}
+	temp, err := s.writeTemp(b, true)
+	if err != nil {
+		return fmt.Errorf("mark the clean end: %w", err)
+	}
+	if err := s.root.Rename(temp, cleanName); err != nil {
+		return fmt.Errorf("mark the clean end: %w", err)
+	}
+	return s.syncDir(".")
+}
+
+// Create returns the content of the task m.ID, pinned: the existing one with all
+// its pieces where the layout is the same, else a new one without any, made from
+// m.ID, m.Layout, m.MediaType and m.Public. One with another layout is replaced
+// when nothing uses it; else the error is ErrInUse. Where the quota demands it,
+// the least recently used tasks without pins are evicted; ErrQuota when that is
+// not enough.
+func (s *Store) Create(m Meta) (*Content, error) {
+	m.Complete = false
+	if err := m.validate(); err != nil {
+		return nil, fmt.Errorf("create task: %w", err)
+	}
+	c, trash, evicted, err := s.create(m)
+	for _, id := range evicted {
+		if s.cfg.OnEvict != nil {
+			s.cfg.OnEvict(id)
+		}
+	}
+	s.discard(trash)
+	if err == nil {
+		err = c.ready()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("create task %s: %w", m.ID, err)
+	}
+	return c, nil
+}
+
+// create finds the task for m or puts a new one into the map, pinned.
+func (s *Store) create(m Meta) (c *Content, trash []string, evicted []TaskID, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, nil, nil, ErrClosed
+	}
+	t := s.tasks[m.ID]
+	if t != nil && t.layout == m.Layout {
+		return s.pinLocked(t), nil, nil, nil
+	}
+	if t != nil {
+		if t.pins > 0 {
+			return nil, nil, nil, ErrInUse
+		}
+		temp, err := s.dropLocked(t)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		trash = append(trash, temp)
+	}
+	more, evicted, err := s.makeRoomLocked(m.Layout.Length)
+	trash = append(trash, more...)
+	if err != nil {
+		return nil, trash, evicted, err
+	}
+	t = newTask(s, m, NewSet(m.Layout.Count()), false)
+	t.digests = make([]Digest, m.Layout.Count())
+	s.addLocked(t)
+	return s.pinLocked(t), trash, evicted, nil
+}
+
+// Get returns the content of a task, pinned, or ErrNotFound.
+func (s *Store) Get(id TaskID) (*Content, error) {
+	s.mu.Lock()
+	t, err := s.findLocked(id)
+	var c *Content
+	if err == nil {
+		c = s.pinLocked(t)
+	}
+	s.mu.Unlock()
+	if err == nil {
+		err = c.ready()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("task %s: %w", clip(string(id)), err)
+	}
+	return c, nil
+}
+
+// Remove takes a task out of the store at once, also while it is in use: who
+// waits for a piece of it gets ErrGone, who has it open keeps what is there.
+func (s *Store) Remove(id TaskID) error {
+	s.mu.Lock()
+	t, err := s.findLocked(id)
+	var temp string
+	if err == nil {
+		temp, err = s.dropLocked(t)
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("remove task %s: %w", clip(string(id)), err)
+	}
+	s.discard([]string{temp})
+	return nil
+}
+
+func (s *Store) findLocked(id TaskID) (*task, error) {
+	if s.closed {
+		return nil, ErrClosed
+	}
+	t := s.tasks[id]
+	if t == nil {
+		return nil, ErrNotFound
+	}
+	return t, nil
+}
+
+// Tasks returns all tasks, in the order of their ids.
+func (s *Store) Tasks() []Held {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	held := make([]Held, 0, len(s.tasks))
+	for _, t := range s.tasks {
+		if t.made {
+			held = append(held, Held{Meta: t.Meta(), Have: t.Have(), LastUse: t.lastUse})
+		}
+	}
+	slices.SortFunc(held, func(a, b Held) int { return cmp.Compare(a.ID, b.ID) })
+	return held
+}
+
+// Usage tells how full the store is.
+func (s *Store) Usage() Usage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Usage{Reserved: s.used, Quota: s.cfg.Quota, Tasks: len(s.tasks), Evicted: s.evicted}
+}
+
+func (s *Store) addLocked(t *task) {
+	s.tasks[t.id] = t
+	s.used += t.layout.Length
+}
+
+// forgetLocked takes t out of the map; it stands for its id no more.
+func (s *Store) forgetLocked(t *task) {
+	delete(s.tasks, t.id)
+	s.used -= t.layout.Length
+	t.end(ErrGone)
+}
+
+// dropLocked takes t out of the store and returns the name below which its files
+// wait to be discarded, "" for none.
+func (s *Store) dropLocked(t *task) (temp string, err error) {
+	s.forgetLocked(t)
+	if !t.made {
+		return "", nil
+	}
+	temp = s.tempName()
+	if err := s.root.Rename(t.dir, temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	return temp, nil
+}
+
+// makeRoomLocked evicts until n more bytes fit, nobody when that cannot be.
+func (s *Store) makeRoomLocked(n int64) (trash []string, evicted []TaskID, err error) {
+	over := s.used + n - s.cfg.Quota
+	if s.cfg.Quota <= 0 || over <= 0 {
+		return nil, nil, nil
+	}
+	var idle []*task
+	var free int64
+	for _, t := range s.tasks {
+		if t.pins == 0 {
+			idle = append(idle, t)
+			free += t.layout.Length
+		}
+	}
+	if free < over {
+		return nil, nil, fmt.Errorf("%w: %d bytes wanted, %d of %d in use", ErrQuota, n, s.used-free, s.cfg.Quota)
+	}
+	slices.SortFunc(idle, func(a, b *task) int { return a.lastUse.Compare(b.lastUse) })
+	for _, t := range idle {
+		if over <= 0 {
+			break
+		}
+		temp, err := s.dropLocked(t)
+		if err != nil {
+			return trash, evicted, fmt.Errorf("evict %s: %w", t.id, err)
+		}
+		over -= t.layout.Length
+		s.evicted++
+		trash, evicted = append(trash, temp), append(evicted, t.id)
+	}
+	return trash, evicted, nil
+}
+
+// discard removes what dropLocked left; what cannot be removed now is swept by
+// the next OpenStore.
+func (s *Store) discard(trash []string) {
+	for _, temp := range trash {
+		if temp != "" {
+			_ = s.root.RemoveAll(temp)
+		}
+	}
+}
+
+func (s *Store) tempName() string {
+	return tempPrefix + strconv.FormatInt(s.temps.Add(1), 10)
+}
