@@ -2,6 +2,7 @@ package registryproxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -71,6 +72,7 @@ func (c *Client) Manifest(ctx context.Context, head bool, repo Repository, refer
 	if head {
 		return m, nil
 	}
+	a.body.count = c.bytes.WithLabelValues(KindManifest.String())
 	if err := m.read(a.body); err != nil {
 		return nil, err
 	}
@@ -162,9 +164,15 @@ func (c *Client) blob(ctx context.Context, repo Repository, dgst string, off, n 
 		q.header.Set("Range", fmt.Sprintf("bytes=%d-", off))
 	}
 	a, err := c.ask(ctx, q)
-	if err != nil {
+	if r, ok := errors.AsType[*Refusal](err); ok && r.Status == http.StatusRequestedRangeNotSatisfiable && q.header.Get("Range") != "" {
+		q.header.Del("Range") // some know only bounded ranges, some none
+		if a, _ = c.ask(ctx, q); a == nil {
+			return nil, err
+		}
+	} else if err != nil {
 		return nil, err
 	}
+	a.body.count = c.bytes.WithLabelValues(KindBlob.String())
 	b, err := a.blob(off, n)
 	if err != nil {
 		a.body.Close()

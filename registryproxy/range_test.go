@@ -1,0 +1,145 @@
+package registryproxy
+
+import (
+	"fmt"
+	"math"
+	"math/big"
+	"net/http/httptest"
+	"regexp"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestParseRange(t *testing.T) {
+	const max = math.MaxInt64
+	tests := []struct {
+		header  string
+		size    int64
+		want    ByteRange
+		partial bool
+		err     error
+	}{
+		{"", 100, ByteRange{0, 100}, false, nil},
+		{"bytes=0-", 100, ByteRange{0, 100}, true, nil},
+		{"bytes=0-0", 100, ByteRange{0, 1}, true, nil},
+		{"bytes=0-99", 100, ByteRange{0, 100}, true, nil},
+		{"bytes=0-100", 100, ByteRange{0, 100}, true, nil}, // one past the end, as regctl asks
+		{"bytes=10-19", 100, ByteRange{10, 10}, true, nil},
+		{"bytes=99-", 100, ByteRange{99, 1}, true, nil},
+		{"bytes=90-5000", 100, ByteRange{90, 10}, true, nil},
+		{"bytes=-10", 100, ByteRange{90, 10}, true, nil},
+		{"bytes=-500", 100, ByteRange{0, 100}, true, nil},
+		{"Bytes=5-6", 100, ByteRange{5, 2}, true, nil},
+		{"bytes=5-99999999999999999999999999", 100, ByteRange{5, 95}, true, nil},
+		{"bytes=0-1,5-9", 100, ByteRange{0, 100}, false, nil},
+		{"pages=1-2", 100, ByteRange{0, 100}, false, nil},
+		{"bytes=0-", 0, ByteRange{0, 0}, false, nil},
+		{"bytes=7-", 0, ByteRange{0, 0}, false, nil},
+		{"bytes=5-", max, ByteRange{5, max - 5}, true, nil},
+		{"bytes=100-", 100, ByteRange{}, false, ErrRange},
+		{"bytes=500-0", 100, ByteRange{}, false, ErrRange},
+		{"bytes=5000-10000", 100, ByteRange{}, false, ErrRange},
+		{"bytes=99999999999999999999999999-", 100, ByteRange{}, false, ErrRange},
+		{"bytes=-0", 100, ByteRange{}, false, ErrRange},
+		{"bytes=-", 100, ByteRange{}, false, ErrRange},
+		{"bytes=", 100, ByteRange{}, false, ErrRange},
+		{"bytes=5", 100, ByteRange{}, false, ErrRange},
+		{"bytes=a-b", 100, ByteRange{}, false, ErrRange},
+		{"bytes=+1-2", 100, ByteRange{}, false, ErrRange},
+		{"bytes=--5", 100, ByteRange{}, false, ErrRange},
+	}
+	for _, tt := range tests {
+		t.Run(fmt.Sprintf("%s of %d", tt.header, tt.size), func(t *testing.T) {
+			got, partial, err := ParseRange(tt.header, tt.size)
+			require.Equal(t, tt.err, err)
+			require.Equal(t, tt.partial, partial)
+			require.Equal(t, tt.want, got)
+		})
+	}
+}
+
+func TestWriteRangeNotSatisfiable(t *testing.T) {
+	w := httptest.NewRecorder()
+	WriteRangeNotSatisfiable(w, 77)
+	require.Equal(t, 416, w.Code)
+	require.Equal(t, "bytes */77", w.Header().Get("Content-Range"))
+	require.JSONEq(t, `{"errors":[{"code":"RANGE_INVALID","message":"the range lies outside the content"}]}`, w.Body.String())
+}
+
+var (
+	bounded = regexp.MustCompile(`^bytes=([0-9]+)-([0-9]*)$`)
+	suffix  = regexp.MustCompile(`^bytes=-([0-9]+)$`)
+)
+
+// rangeTwin is ParseRange for the plain forms, in numbers of any size.
+func rangeTwin(header string, size int64) (r ByteRange, ok bool) {
+	number := func(s string) *big.Int { n, _ := new(big.Int).SetString(s, 10); return n }
+	from, to, end := new(big.Int), big.NewInt(size-1), big.NewInt(size-1)
+	if m := suffix.FindStringSubmatch(header); m != nil {
+		if from.Sub(big.NewInt(size), number(m[1])); from.Sign() < 0 {
+			from.SetInt64(0)
+		}
+	} else if m := bounded.FindStringSubmatch(header); m != nil {
+		from = number(m[1])
+		if m[2] != "" {
+			if to = number(m[2]); to.Cmp(from) < 0 {
+				return ByteRange{}, false
+			}
+		}
+		if to.Cmp(end) > 0 {
+			to = end
+		}
+	} else {
+		return ByteRange{}, false
+	}
+	if from.Cmp(end) > 0 {
+		return ByteRange{}, false
+	}
+	return ByteRange{from.Int64(), to.Int64() - from.Int64() + 1}, true
+}
+
+func FuzzParseRange(f *testing.F) {
+	for _, s := range []string{"", "bytes=0-", "bytes=5-9", "bytes=-3", "bytes=9-5", "bytes=0-1,3-4", "bytes=99999999999999999999-", "octets=1-2"} {
+		f.Add(s, int64(10))
+	}
+	f.Fuzz(func(t *testing.T, header string, size int64) {
+		if size < 0 {
+			return
+		}
+		r, partial, err := ParseRange(header, size)
+		switch {
+		case err != nil:
+			if err != ErrRange || partial || size == 0 {
+				t.Fatalf("error %v, partial %v of %d", err, partial, size)
+			}
+		case !partial:
+			if r != (ByteRange{0, size}) {
+				t.Fatalf("whole is %v", r)
+			}
+		case r.Offset < 0 || r.Length < 1 || r.Offset > size-r.Length:
+			t.Fatalf("%v of %d", r, size)
+		}
+		if (bounded.MatchString(header) || suffix.MatchString(header)) && size > 0 {
+			if want, ok := rangeTwin(header, size); ok != partial || ok && want != r {
+				t.Fatalf("%q of %d is %v %v, want %v %v", header, size, r, partial, want, ok)
+			}
+		}
+	})
+}
+
+func FuzzParseContentRange(f *testing.F) {
+	f.Add("bytes 5-9/20")
+	f.Add("bytes 0-0/*")
+	f.Add("bytes 5-99999999999999999999/5")
+	f.Add("bytes */5")
+	f.Fuzz(func(t *testing.T, s string) {
+		r, size, ok := parseContentRange(s)
+		if !ok {
+			return
+		}
+		if r.Offset < 0 || r.Length < 1 || size < -1 || size >= 0 && r.Offset+r.Length > size {
+			t.Fatalf("%q is %v of %d", s, r, size)
+		}
+	})
+}
