@@ -1,0 +1,2 @@
+// Package scheduler decides who sends which piece to whom.
+package scheduler

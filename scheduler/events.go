@@ -1,0 +1,385 @@
+package scheduler
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"damselfly.dev/pieces"
+)
+
+// HostUp introduces a host. A known id has its lanes and place changed; what
+// runs goes on.
+func (s *Scheduler) HostUp(now time.Time, id HostID, spec Host) {
+	s.clock(now)
+	up, down := min(max(spec.Up, 0), MaxLanes), min(max(spec.Down, 0), MaxLanes)
+	if spec.Seed {
+		down = 0
+	}
+	if h := s.hosts[id]; h != nil && h.seed != spec.Seed {
+		s.HostDown(now, id)
+	}
+	h := s.hosts[id]
+	if h == nil {
+		h = &host{id: id, seed: spec.Seed, index: len(s.list), peers: map[TaskID]*peer{}}
+		s.hosts[id] = h
+		s.list = append(s.list, h)
+	}
+	h.up, h.down, h.lent, h.zone, h.rack = up, down, up, spec.Zone, spec.Rack
+	for _, p := range h.memberships() {
+		s.offer(p)
+	}
+	s.queue(h)
+	s.settle()
+}
+
+// HostDown forgets a host, its pieces and its transfers; the children of those
+// are told.
+func (s *Scheduler) HostDown(now time.Time, id HostID) {
+	s.clock(now)
+	h := s.hosts[id]
+	if h == nil {
+		return
+	}
+	h.gone = true
+	for len(h.downs) > 0 {
+		s.end(h.downs[len(h.downs)-1])
+	}
+	for len(h.ups) > 0 {
+		s.cancel(h.ups[len(h.ups)-1])
+	}
+	for _, p := range h.memberships() {
+		s.detach(p)
+	}
+	for _, other := range h.accused {
+		other.accusers = without(other.accusers, h)
+	}
+	for _, other := range h.accusers {
+		other.accused = without(other.accused, h)
+	}
+	last := s.list[len(s.list)-1]
+	s.list[h.index], last.index = last, h.index
+	s.list = s.list[:len(s.list)-1]
+	delete(s.hosts, id)
+	s.settle()
+}
+
+// memberships returns the host's peers, always in the same order.
+func (h *host) memberships() []*peer {
+	ps := make([]*peer, 0, len(h.peers))
+	for _, id := range slices.Sorted(maps.Keys(h.peers)) {
+		ps = append(ps, h.peers[id])
+	}
+	return ps
+}
+
+// TaskAdd introduces a task, whose layout must be valid. A known id stays what
+// it is.
+func (s *Scheduler) TaskAdd(now time.Time, id TaskID, l pieces.Layout) {
+	s.clock(now)
+	if s.tasks[id] == nil {
+		t := newTask(id, l)
+		s.tasks[id] = t
+		s.order = append(s.order, t)
+	}
+}
+
+// TaskRemove forgets a task and cancels its transfers.
+func (s *Scheduler) TaskRemove(now time.Time, id TaskID) {
+	s.clock(now)
+	t := s.tasks[id]
+	if t == nil {
+		return
+	}
+	for _, p := range t.peers {
+		if p != nil {
+			s.detach(p)
+		}
+	}
+	delete(s.tasks, id)
+	s.order = without(s.order, t)
+	s.settle()
+}
+
+// Join makes host one that has these pieces of task and wants all others; a
+// seed wants none. Joining again replaces what is known of its pieces.
+func (s *Scheduler) Join(now time.Time, host HostID, task TaskID, have pieces.Set) {
+	s.join(now, host, task, have, true)
+}
+
+// Hold is Join for a host that wants nothing more. One that has joined goes on
+// wanting.
+func (s *Scheduler) Hold(now time.Time, host HostID, task TaskID, have pieces.Set) {
+	s.join(now, host, task, have, false)
+}
+
+func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Set, wants bool) {
+	s.clock(now)
+	h, t := s.hosts[host], s.tasks[task]
+	if h == nil || t == nil || have.Cap() != t.n && have.Cap() != 0 {
+		return
+	}
+	p := h.peers[task]
+	if p == nil {
+		p = t.add(h)
+		h.peers[task] = p
+	}
+	for i := range t.n {
+		switch {
+		case have.Has(i) && !p.have.has(i):
+			s.gain(p, i, nil)
+		case !have.Has(i) && p.have.has(i):
+			s.lose(p, i)
+		}
+	}
+	if wants && !h.seed && !p.wants {
+		p.wants = true
+		for i := range t.n {
+			p.reopen(i)
+		}
+	}
+	s.changed(p)
+	s.settle()
+}
+
+// Leave makes host one that neither wants nor has any of task.
+func (s *Scheduler) Leave(now time.Time, host HostID, task TaskID) {
+	s.clock(now)
+	if p := s.peer(host, task); p != nil {
+		s.detach(p)
+		s.settle()
+	}
+}
+
+// Have notes pieces that host got by other means than a transfer: the seed from
+// the origin, a host from its fallback.
+func (s *Scheduler) Have(now time.Time, host HostID, task TaskID, first, count int) {
+	s.clock(now)
+	p := s.peer(host, task)
+	if p == nil || !p.task.includes(first, count) {
+		return
+	}
+	for i := first; i < first+count; i++ {
+		if !p.have.has(i) {
+			s.gain(p, i, nil)
+		}
+	}
+	s.changed(p)
+	s.settle()
+}
+
+// Lost notes pieces that host has no longer. It wants them again if it wanted
+// the task.
+func (s *Scheduler) Lost(now time.Time, host HostID, task TaskID, first, count int) {
+	s.clock(now)
+	p := s.peer(host, task)
+	if p == nil || !p.task.includes(first, count) {
+		return
+	}
+	for i := first; i < first+count; i++ {
+		if p.have.has(i) {
+			s.lose(p, i)
+		}
+	}
+	s.changed(p)
+	s.settle()
+}
+
+// Want puts a run of pieces before all others that host lacks of task: a reader
+// waits at them. It replaces the host's earlier Want for the task; a count of 0
+// ends it.
+func (s *Scheduler) Want(now time.Time, host HostID, task TaskID, first, count int) {
+	s.clock(now)
+	p := s.peer(host, task)
+	if p == nil || count != 0 && !p.task.includes(first, count) {
+		return
+	}
+	p.wantFirst, p.wantEnd = first, first+count
+	s.queue(p.host)
+	s.settle()
+}
+
+// Done notes that one verified piece of a transfer has come. The last one ends
+// the transfer.
+func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int) {
+	s.clock(now)
+	tr := s.find(id)
+	if tr == nil || tr.child.host.id != host || !tr.covers(piece) {
+		return
+	}
+	s.measure(tr, piece)
+	child, parent := tr.child, tr.parent.host
+	child.host.delivered(s.now)
+	parent.succeeded(s.now)
+	s.gain(child, piece, tr)
+	s.changed(child)
+	s.settle()
+}
+
+// Failed notes that the rest of a transfer will not come. For a busy parent,
+// retry is when it may be asked again.
+func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failure, retry time.Duration) {
+	s.clock(now)
+	tr := s.find(id)
+	if tr == nil || tr.child.host.id != host {
+		return
+	}
+	child, parent := tr.child.host, tr.parent.host
+	s.end(tr)
+	switch why {
+	case Busy:
+		child.shun(s.now, s.now+min(max(retry, minRetry), maxRetry), parent)
+		s.blame(child, parent, parent.lent-1)
+	case Gone:
+		child.shun(s.now, s.now+goneFor, parent)
+		s.blame(child, parent, parent.lent/2)
+	case Corrupt:
+		s.accuse(child, parent)
+	}
+	s.undelivered(child)
+	s.settle()
+}
+
+// Tick notes that time has passed: it looks for transfers that lag, hosts that
+// have rested, and whoever may have been passed over. Call it every 100 ms or so
+// while there is a task.
+func (s *Scheduler) Tick(now time.Time) {
+	s.clock(now)
+	s.census()
+	s.resting = slices.DeleteFunc(s.resting, func(h *host) bool {
+		h.resting = !h.gone && (s.now < h.sendRests || s.now < h.recvRests)
+		if !h.resting {
+			s.queue(h)
+		}
+		return !h.resting
+	})
+	for _, tr := range s.transfers {
+		if tr.active && s.lags(tr) {
+			s.lagging(tr)
+		}
+	}
+	s.settle()
+	s.sweep()
+	s.settle()
+}
+
+func (s *Scheduler) peer(host HostID, task TaskID) *peer {
+	if h := s.hosts[host]; h != nil {
+		return h.peers[task]
+	}
+	return nil
+}
+
+// includes tells whether the run is some of the task's pieces.
+func (t *task) includes(first, count int) bool {
+	return first >= 0 && count > 0 && first < t.n && count <= t.n-first
+}
+
+// gain makes p have piece i, which it had not. Whatever is to bring it goes on
+// for the rest of its run, and is cancelled when that was all; by is the
+// transfer that brought it and needs no cancelling.
+func (s *Scheduler) gain(p *peer, i int, by *transfer) {
+	p.take(i)
+	downs := p.host.downs
+	for k := 0; k < len(downs); k++ {
+		tr := downs[k]
+		if tr.child != p || !tr.covers(i) {
+			continue
+		}
+		tr.left &^= 1 << (i - tr.first)
+		if !tr.late {
+			s.dropCopy(p.task, i)
+		}
+		if tr.left != 0 {
+			continue
+		}
+		if tr == by {
+			s.end(tr)
+		} else {
+			s.cancel(tr)
+		}
+		downs = p.host.downs
+		k--
+	}
+}
+
+// lose makes p lack piece i, which it had, and takes from it what it was to send.
+func (s *Scheduler) lose(p *peer, i int) {
+	if p.lose(i) {
+		s.reseed(p.task)
+	}
+	for k := 0; k < len(p.host.ups); {
+		if tr := p.host.ups[k]; tr.parent == p && tr.covers(i) {
+			s.cancel(tr)
+		} else {
+			k++
+		}
+	}
+}
+
+// changed has p's host looked at, after p's pieces changed.
+func (s *Scheduler) changed(p *peer) {
+	if p.wants && p.has < p.task.n {
+		if !p.wanted {
+			p.wanted = true
+			p.host.wanting = append(p.host.wanting, p)
+		}
+	} else if p.wanted {
+		p.wanted = false
+		p.host.wanting = without(p.host.wanting, p)
+	}
+	s.offer(p)
+	s.queue(p.host)
+}
+
+// detach takes p out of its task and its host, with its transfers.
+func (s *Scheduler) detach(p *peer) {
+	h, t := p.host, p.task
+	for k := 0; k < len(h.downs); {
+		if tr := h.downs[k]; tr.child == p {
+			s.cancel(tr)
+		} else {
+			k++
+		}
+	}
+	for k := 0; k < len(h.ups); {
+		if tr := h.ups[k]; tr.parent == p {
+			s.cancel(tr)
+		} else {
+			k++
+		}
+	}
+	p.wants = false
+	for i := range t.n {
+		if p.have.has(i) {
+			p.lose(i)
+		}
+	}
+	t.remove(p)
+	delete(h.peers, t.id)
+	h.wanting, h.offers = without(h.wanting, p), without(h.offers, p)
+	s.reseed(t)
+}
+
+// dropCopy counts one copy of piece i less. What has none is the seeds' to send.
+func (s *Scheduler) dropCopy(t *task, i int) {
+	if t.dropCopy(i) {
+		s.reseed(t)
+	}
+}
+
+// reseed has the task's seeds looked at.
+func (s *Scheduler) reseed(t *task) {
+	for _, p := range t.seeds {
+		s.offer(p)
+		s.queue(p.host)
+	}
+}
+
+// without returns list without x, which it may not hold; the order is kept.
+func without[T comparable](list []T, x T) []T {
+	if i := slices.Index(list, x); i >= 0 {
+		return slices.Delete(list, i, i+1)
+	}
+	return list
+}

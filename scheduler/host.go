@@ -1,0 +1,109 @@
+package scheduler
+
+import (
+	"slices"
+	"time"
+)
+
+// A host is one HostUp to its HostDown.
+type host struct {
+	id         HostID
+	index      int // in Scheduler.list
+	up, down   int // configured lanes
+	lent       int // upload lanes it is trusted with now, 1 to up
+	zone, rack string
+	seed       bool
+	banned     bool
+	gone       bool // HostDown has been: no decision is for it any more
+	queued     bool // stands in Scheduler.work
+
+	ups   []*transfer // what it sends
+	downs []*transfer // what it gets, in the order it was told
+	out   int         // of ups, those that hold an upload lane
+	in    int         // of downs, those that hold a download lane
+
+	peers   map[TaskID]*peer
+	wanting []*peer // those that lack pieces, served in turn
+	turn    int
+	offers  []*peer // those for whom somebody may wait for a lane of this host
+
+	sendRate, recvRate rate
+	lastSent, lastRecv time.Duration // when a piece last went out or came in
+	sendRests          time.Duration // it is given nothing to send before this time
+	recvRests          time.Duration // nor to receive before this
+	resting            bool          // stands in Scheduler.resting
+	streak             int           // failed downloads since the last piece came in
+	misses             int           // failed uploads since the last piece went out
+	blamedBy           *host         // who reported the last failed upload
+	successes          int           // pieces sent since lent last changed
+	patience           uint          // doublings of the time its transfers are given
+
+	shunned    []shun
+	accused    []*host // by this host, of wrong bytes
+	accusers   []*host
+	distrusted bool // it has accused too many to be believed
+}
+
+// A shun keeps a host off one parent for a while.
+type shun struct {
+	parent *host
+	until  time.Duration
+}
+
+// maxShuns bounds what a host remembers of parents it is to stay off.
+const maxShuns = 32
+
+// sends tells whether h may be given one more transfer to send: one that runs
+// and one ahead for each lane. What lags holds no lane, but has its bound too.
+func (h *host) sends(now time.Duration, slow bool) bool {
+	lanes := 2 * h.lent
+	if slow {
+		lanes = 1
+	}
+	return h.out < lanes && len(h.ups) < 3*h.up && now >= h.sendRests && !h.banned
+}
+
+// receives is sends for downloads.
+func (h *host) receives(now time.Duration, slow bool) bool {
+	lanes := 2 * h.down
+	if slow {
+		lanes = 1
+	}
+	return h.in < lanes && len(h.downs) < 3*h.down && now >= h.recvRests
+}
+
+// shuns tells whether h stays off parent now.
+func (h *host) shuns(now time.Duration, parent *host) bool {
+	for i := range h.shunned {
+		if h.shunned[i].parent == parent && now < h.shunned[i].until {
+			return true
+		}
+	}
+	return false
+}
+
+func (h *host) shun(now, until time.Duration, parent *host) {
+	h.shunned = slices.DeleteFunc(h.shunned, func(s shun) bool { return s.until <= now || s.parent.gone })
+	for i := range h.shunned {
+		if h.shunned[i].parent == parent {
+			h.shunned[i].until = max(h.shunned[i].until, until)
+			return
+		}
+	}
+	if len(h.shunned) == maxShuns {
+		h.shunned = slices.Delete(h.shunned, 0, 1)
+	}
+	h.shunned = append(h.shunned, shun{parent, until})
+}
+
+// near is 2 for hosts of one rack, 1 for hosts of one zone, else 0. A rack is
+// one only within its zone.
+func near(a, b *host) int {
+	switch {
+	case a.zone != b.zone || a.zone == "":
+		return 0
+	case a.rack != b.rack || a.rack == "":
+		return 1
+	}
+	return 2
+}

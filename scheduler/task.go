@@ -1,0 +1,151 @@
+package scheduler
+
+import "damselfly.dev/pieces"
+
+// A task is one TaskAdd to its TaskRemove.
+type task struct {
+	id     TaskID
+	layout pieces.Layout
+	n      int
+
+	peers []*peer // by slot; nil where one is free
+	slots []int   // free slots
+	seeds []*peer
+
+	// Of the hosts that are no seeds: who has a piece, and how many have it or
+	// have it on the way.
+	holders []bitset // by piece, of slots
+	holds   []int32  // by piece, how many holders
+	copies  []int32  // by piece
+	held    bitset   // pieces with a holder
+	copied  bitset   // pieces with a copy
+
+	fresh int // where to look on for a piece without a copy
+
+	// Slots of who may have a lane free. Both are true of at least those that
+	// have: who is found without one is cleared, and set again when it has one
+	// and finds no use for it.
+	room   roster // may send; no seeds
+	hungry roster // needs pieces and may receive
+	sweep  int    // the slot at which Tick goes on through hungry
+}
+
+// A peer is one host's part in one task, from Join to Leave.
+type peer struct {
+	host  *host
+	task  *task
+	slot  int
+	wants bool // what it lacks; else it only serves
+	have  bitset
+	need  bitset // wanted, not had, and in no transfer or only in one that lags
+	has   int
+	needs int
+
+	wantFirst, wantEnd int  // the run a reader waits for
+	offered            bool // stands in host.offers
+	wanted             bool // stands in host.wanting
+}
+
+func newTask(id TaskID, l pieces.Layout) *task {
+	n := l.Count()
+	t := &task{
+		id: id, layout: l, n: n,
+		holders: make([]bitset, n), holds: make([]int32, n), copies: make([]int32, n),
+		held: newBitset(n), copied: newBitset(n),
+	}
+	t.grow(64)
+	return t
+}
+
+// grow makes places for so many peers.
+func (t *task) grow(n int) {
+	words := (n + 63) / 64
+	wider := func(b bitset) bitset { return append(make(bitset, 0, words), b...)[:words] }
+	all := make(bitset, words*t.n)
+	for i, h := range t.holders {
+		t.holders[i] = all[i*words : (i+1)*words : (i+1)*words]
+		copy(t.holders[i], h)
+	}
+	t.room.bitset, t.hungry.bitset = wider(t.room.bitset), wider(t.hungry.bitset)
+	for i := words*64 - 1; i >= len(t.peers); i-- {
+		t.slots = append(t.slots, i)
+	}
+	t.peers = append(t.peers, make([]*peer, words*64-len(t.peers))...)
+}
+
+func (t *task) add(h *host) *peer {
+	if len(t.slots) == 0 {
+		t.grow(2 * len(t.peers))
+	}
+	last := len(t.slots) - 1
+	p := &peer{host: h, task: t, slot: t.slots[last], have: newBitset(t.n), need: newBitset(t.n)}
+	t.slots = t.slots[:last]
+	t.peers[p.slot] = p
+	if h.seed {
+		t.seeds = append(t.seeds, p)
+	}
+	return p
+}
+
+// remove takes out a peer that has no piece and no transfer.
+func (t *task) remove(p *peer) {
+	t.room.remove(p.slot)
+	t.hungry.remove(p.slot)
+	t.peers[p.slot] = nil
+	t.slots = append(t.slots, p.slot)
+	t.seeds = without(t.seeds, p)
+}
+
+func (t *task) addCopy(i int) {
+	if t.copies[i]++; t.copies[i] == 1 {
+		t.copied.set(i)
+	}
+}
+
+// dropCopy tells whether it was the last.
+func (t *task) dropCopy(i int) bool {
+	if t.copies[i]--; t.copies[i] == 0 {
+		t.copied.clear(i)
+	}
+	return t.copies[i] == 0
+}
+
+// take notes that p has piece i, which it had not.
+func (p *peer) take(i int) {
+	p.have.set(i)
+	p.has++
+	if p.need.has(i) {
+		p.need.clear(i)
+		p.needs--
+	}
+	if t := p.task; !p.host.seed {
+		t.holders[i].set(p.slot)
+		if t.holds[i]++; t.holds[i] == 1 {
+			t.held.set(i)
+		}
+		t.addCopy(i)
+	}
+}
+
+// lose is the reverse of take. It tells whether it was the last copy.
+func (p *peer) lose(i int) (last bool) {
+	p.have.clear(i)
+	p.has--
+	if t := p.task; !p.host.seed {
+		t.holders[i].clear(p.slot)
+		if t.holds[i]--; t.holds[i] == 0 {
+			t.held.clear(i)
+		}
+		last = t.dropCopy(i)
+	}
+	p.reopen(i)
+	return last
+}
+
+// reopen makes piece i one that p needs, if it wants and lacks it.
+func (p *peer) reopen(i int) {
+	if p.wants && !p.have.has(i) && !p.need.has(i) {
+		p.need.set(i)
+		p.needs++
+	}
+}

@@ -1,0 +1,167 @@
+package scheduler
+
+import (
+	"math/bits"
+	"slices"
+	"time"
+)
+
+const (
+	// maxRun is the most pieces of one transfer: they fit a word.
+	maxRun = 64
+	// slotBits of a TransferID say where the transfer is kept; the others count
+	// how often that place was used.
+	slotBits = 24
+)
+
+// A transfer is one Assign until its last piece has come, it has failed or it
+// was cancelled.
+type transfer struct {
+	id            TransferID
+	child, parent *peer
+	first, count  int
+	left          uint64        // pieces of the run that have not come, the first in the lowest bit
+	since         time.Duration // when it was told, became active or brought a piece, whatever was last
+	active        bool          // the child works on it; else it waits for one of the child's lanes
+	late          bool          // it lags: it holds no upload lane, its pieces are no copies
+	reopened      bool          // it is late and its pieces may be had from a second parent
+}
+
+func (tr *transfer) covers(i int) bool {
+	return uint(i-tr.first) < uint(tr.count) && tr.left&(1<<(i-tr.first)) != 0
+}
+
+// bytes returns the size of what has not come, taking all pieces as whole.
+func (tr *transfer) bytes() int64 {
+	return int64(bits.OnesCount64(tr.left)) * tr.child.task.layout.PieceSize
+}
+
+// find returns the transfer with this id, or nil when it has ended or never was.
+func (s *Scheduler) find(id TransferID) *transfer {
+	slot := id & (1<<slotBits - 1)
+	if slot >= TransferID(len(s.transfers)) || s.transfers[slot].id != id || s.transfers[slot].child == nil {
+		return nil
+	}
+	return s.transfers[slot]
+}
+
+// assign makes child get the run from parent. The child needs all of it and
+// the parent has all of it.
+func (s *Scheduler) assign(child, parent *peer, first, count int) {
+	c, p, t := child.host, parent.host, child.task
+	tr := s.newTransfer()
+	*tr = transfer{
+		id: tr.id, child: child, parent: parent, first: first, count: count,
+		left: ^uint64(0) >> (maxRun - count), active: len(c.downs) < c.down, since: s.now,
+	}
+	for i := first; i < first+count; i++ {
+		child.need.clear(i)
+		t.addCopy(i)
+	}
+	child.needs -= count
+	c.downs = append(c.downs, tr)
+	c.in++
+	p.ups = append(p.ups, tr)
+	p.out++
+	s.decide(Assign, tr)
+}
+
+func (s *Scheduler) decide(k Kind, tr *transfer) {
+	s.decisions = append(s.decisions, Decision{
+		Kind: k, Transfer: tr.id, Task: tr.child.task.id,
+		Host: tr.child.host.id, Parent: tr.parent.host.id, First: tr.first, Count: tr.count,
+	})
+}
+
+func (s *Scheduler) newTransfer() *transfer {
+	if n := len(s.free); n > 0 {
+		tr := s.free[n-1]
+		s.free = s.free[:n-1]
+		return tr
+	}
+	tr := &transfer{id: 1<<slotBits | TransferID(len(s.transfers))}
+	s.transfers = append(s.transfers, tr)
+	return tr
+}
+
+// end takes tr from both hosts and gives back what it has not brought: to the
+// child, which needs it again, and to the count of copies.
+func (s *Scheduler) end(tr *transfer) {
+	c, p := tr.child.host, tr.parent.host
+	for left := tr.left; left != 0; left &= left - 1 {
+		i := tr.first + bits.TrailingZeros64(left)
+		if !tr.late {
+			s.dropCopy(tr.child.task, i)
+		}
+		if !tr.reopened {
+			tr.child.reopen(i)
+		}
+	}
+	i := slices.Index(c.downs, tr)
+	c.downs = slices.Delete(c.downs, i, i+1)
+	if !tr.reopened {
+		c.in--
+	}
+	if i < c.down && len(c.downs) >= c.down {
+		next := c.downs[c.down-1]
+		next.active, next.since = true, s.now
+	}
+	j, last := slices.Index(p.ups, tr), len(p.ups)-1
+	p.ups[j], p.ups[last] = p.ups[last], nil
+	p.ups = p.ups[:last]
+	if !tr.late {
+		p.out--
+	}
+	*tr = transfer{id: tr.id + 1<<slotBits}
+	s.free = append(s.free, tr)
+	s.queue(p)
+	s.queue(c)
+}
+
+// cancel ends tr and tells the child.
+func (s *Scheduler) cancel(tr *transfer) {
+	if !tr.child.host.gone {
+		s.decide(Cancel, tr)
+	}
+	s.end(tr)
+}
+
+// yield takes the upload lane from tr, whose child is slow or dead: the parent
+// has better to do, and others may be sent what it was to bring.
+func (s *Scheduler) yield(tr *transfer) {
+	tr.late = true
+	for left := tr.left; left != 0; left &= left - 1 {
+		s.dropCopy(tr.child.task, tr.first+bits.TrailingZeros64(left))
+	}
+	tr.parent.host.out--
+	s.queue(tr.parent.host)
+}
+
+// second lets the child of tr, whose parent lags, have the pieces from another
+// parent as well: the first to bring one wins. A lane of the child stays with
+// tr, so the last of its lanes is never left to one that lags.
+func (s *Scheduler) second(tr *transfer) {
+	child, late := tr.child, 1
+	for _, other := range slices.Clone(child.host.downs) {
+		if other.reopened && other.child == child && other.left != 0 && overlap(other, tr) {
+			s.cancel(other)
+		} else if other.reopened {
+			late++
+		}
+	}
+	if late >= child.host.down {
+		s.cancel(tr)
+		return
+	}
+	if !tr.late {
+		s.yield(tr)
+	}
+	tr.reopened = true
+	for left := tr.left; left != 0; left &= left - 1 {
+		child.reopen(tr.first + bits.TrailingZeros64(left))
+	}
+	child.host.in--
+	s.queue(child.host)
+}
+
+func overlap(a, b *transfer) bool { return a.first < b.first+b.count && b.first < a.first+a.count }
