@@ -51,28 +51,23 @@ type task struct {
 	meta    Meta
 	have    Set      // pieces recorded as present
 	good    Set      // those of them that are verified; only grows
-	digests []Digest // a digest once known stays
+	digests []Digest // nil while t is not pinned, to save memory; a digest once known stays known
 	waiters map[int]chan struct{}
 	dirty   bool  // the content or the record is not synced
 	suspect bool  // the record on disk may be wrong about what is there
 	why     error // why gone is closed
 }
 
-func newTask(s *Store, m Meta, have Set, trusted bool) *task {
-	t := &task{
+func newTask(s *Store, m Meta) *task {
+	m.Public = slices.Clone(m.Public)
+	return &task{
 		store: s, id: m.ID, layout: m.Layout, dir: taskDir(m.ID),
 		gone:    make(chan struct{}),
 		lastUse: time.Now(),
 		meta:    m,
-		have:    have,
-		good:    NewSet(have.Cap()),
-		waiters: make(map[int]chan struct{}),
+		have:    NewSet(m.Layout.Count()),
+		good:    NewSet(m.Layout.Count()),
 	}
-	t.meta.Public = slices.Clone(m.Public)
-	if trusted {
-		t.good = have.Clone()
-	}
-	return t
 }
 
 // end marks t as no longer in the store.
@@ -152,27 +147,34 @@ func (s *Store) pinLocked(t *task) *Content {
 	return &Content{task: t}
 }
 
-// ready sees to it that the task's directory exists, or else releases c.
+// ready sees to it that the task's directory exists and its digests are in
+// memory, or else releases c.
 func (c *Content) ready() error {
-	if c.isMade() {
+	if c.isReady() {
 		return nil
 	}
 	c.disk.Lock()
 	defer c.disk.Unlock()
-	if c.isMade() {
+	if c.isReady() {
 		return nil
 	}
-	err := c.create()
+	c.store.mu.Lock()
+	step := c.create
+	if c.made {
+		step = c.loadDigests
+	}
+	c.store.mu.Unlock()
+	err := step()
 	if err != nil {
 		c.Release()
 	}
 	return err
 }
 
-func (c *Content) isMade() bool {
-	c.store.mu.Lock()
-	defer c.store.mu.Unlock()
-	return c.made
+func (c *Content) isReady() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.digests != nil
 }
 
 // Release ends the use of c. Calls after the first do nothing.
@@ -183,7 +185,7 @@ func (c *Content) release() {
 	c.released = true
 	for _, f := range []*os.File{c.content, c.record} {
 		if f != nil {
-			f.Close()
+			_ = f.Close()
 		}
 	}
 	c.files.Unlock()
@@ -200,6 +202,9 @@ func (c *Content) release() {
 		s.forgetLocked(t)
 		return
 	}
+	t.mu.Lock()
+	t.digests = nil
+	t.mu.Unlock()
 	if t.lastUse.Sub(t.stamped) >= stampAfter {
 		t.stamped = t.lastUse
 		_ = s.root.Chtimes(t.dir, t.lastUse, t.lastUse) // the order of eviction is not worth an error
@@ -233,7 +238,8 @@ func (c *Content) Digest(i int) Digest {
 }
 
 // SetDigests learns the digests of the pieces from first on; a zero one says
-// nothing. When one contradicts what is known the error is ErrConflict and
+// nothing. Those of pieces that do not come are forgotten with the last Release.
+// When one contradicts what is known the error is ErrConflict and
 // nothing changes.
 func (c *Content) SetDigests(first int, ds []Digest) error {
 	c.mu.Lock()
@@ -453,6 +459,9 @@ func (c *Content) Wait(ctx context.Context, i int) error {
 	ch := c.waiters[i]
 	if ch == nil {
 		ch = make(chan struct{})
+		if c.waiters == nil {
+			c.waiters = make(map[int]chan struct{})
+		}
 		c.waiters[i] = ch
 	}
 	c.mu.Unlock()

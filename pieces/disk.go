@@ -85,18 +85,15 @@ func (s *Store) loadTask(id TaskID, trusted bool) error {
 	if m.ID != id || !content.Mode().IsRegular() || content.Size() != m.Layout.Length {
 		return errors.New("parts of a task do not belong together")
 	}
-	f, err := s.root.Open(path.Join(dir, recordName))
+	t := newTask(s, m)
+	rec, err := t.readRecord()
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	rec, err := readRecord(f, id, m.Layout)
-	if err != nil {
-		return err
+	t.have, t.recordEnd, t.made = rec.have, rec.end, true
+	if trusted {
+		t.good = rec.have.Clone()
 	}
-
-	t := newTask(s, m, rec.have, trusted)
-	t.digests, t.recordEnd, t.made = rec.digests, rec.end, true
 	t.stamped = info.ModTime()
 	t.lastUse = t.stamped
 	if now := time.Now(); t.lastUse.After(now) {
@@ -116,6 +113,38 @@ func (s *Store) loadTask(id TaskID, trusted bool) error {
 		}
 	}
 	return nil
+}
+
+func (t *task) readRecord() (record, error) {
+	f, err := t.open(recordName, os.O_RDONLY)
+	if err != nil {
+		return record{}, err
+	}
+	defer func() { _ = f.Close() }()
+	return readRecord(f, t.id, t.layout)
+}
+
+// loadDigests brings back the digests of the pieces that were ever present.
+// t.disk is held. A record that no longer has them takes the task with it.
+func (t *task) loadDigests() error {
+	rec, err := t.readRecord()
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	t.mu.Lock()
+	whole := err == nil
+	for i := range t.have.All() {
+		whole = whole && rec.have.Has(i)
+	}
+	if whole {
+		t.digests = rec.digests
+	}
+	t.mu.Unlock()
+	if whole {
+		return nil
+	}
+	_ = t.store.Remove(t.id)
+	return fmt.Errorf("its record is damaged: %w", ErrGone)
 }
 
 // create makes the task's directory, complete or not at all. t.disk is held.
@@ -142,6 +171,9 @@ func (t *task) create() error {
 		return err
 	}
 	t.made = true
+	t.mu.Lock()
+	t.digests = make([]Digest, t.layout.Count())
+	t.mu.Unlock()
 	return nil
 }
 
@@ -194,7 +226,7 @@ func (t *task) writeMeta(m Meta, durable bool) error {
 	t.meta = m
 	t.mu.Unlock()
 	if durable {
-		return s.syncDir(t.dir)
+		return errors.Join(s.syncDir(t.dir), s.syncDir("."))
 	}
 	return nil
 }
@@ -205,7 +237,7 @@ func (t *task) open(name string, flag int) (*os.File, error) {
 	f, err := t.store.root.OpenFile(path.Join(t.dir, name), flag, 0)
 	if ended := t.ended(); ended != nil {
 		if err == nil {
-			f.Close()
+			_ = f.Close()
 		}
 		return nil, ended
 	}
@@ -218,11 +250,16 @@ func (s *Store) readFile(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxSmallFile+1))
-	if err == nil && len(b) > maxSmallFile {
-		err = fmt.Errorf("%s is longer than %d bytes", name, maxSmallFile)
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
 	}
+	if !info.Mode().IsRegular() || info.Size() > maxSmallFile {
+		return nil, fmt.Errorf("%s is not a file of at most %d bytes", name, maxSmallFile)
+	}
+	b := make([]byte, info.Size())
+	_, err = io.ReadFull(f, b)
 	return b, err
 }
 

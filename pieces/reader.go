@@ -27,7 +27,7 @@ func (c *Content) CopyRange(w io.Writer, off, n int64) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("copy from %s: %w", c.id, err)
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	return c.copyN(w, f, n)
 }
 
@@ -50,7 +50,7 @@ func (c *Content) openAt(off int64) (*os.File, error) {
 		return nil, err
 	}
 	if _, err := f.Seek(off, io.SeekStart); err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, err
 	}
 	return f, nil
@@ -136,7 +136,7 @@ func (r *Reader) WriteTo(w io.Writer) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read %s: %w", r.c.id, err)
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	var total int64
 	for r.off < r.end {
 		n, err := r.wait()

@@ -97,10 +97,10 @@ func OpenStore(dir string, cfg StoreConfig) (*Store, error) {
 		return s, nil
 	}
 	if s.lock != nil {
-		s.lock.Close()
+		_ = s.lock.Close()
 	}
 	if s.root != nil {
-		s.root.Close()
+		_ = s.root.Close()
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		return nil, fmt.Errorf("open store %s: %w: give it and all in it to uid %d (chown -R), or choose another directory",
@@ -285,8 +285,7 @@ func (s *Store) create(m Meta) (c *Content, trash []string, evicted []TaskID, er
 	if err != nil {
 		return nil, trash, evicted, err
 	}
-	t = newTask(s, m, NewSet(m.Layout.Count()), false)
-	t.digests = make([]Digest, m.Layout.Count())
+	t = newTask(s, m)
 	s.addLocked(t)
 	return s.pinLocked(t), trash, evicted, nil
 }

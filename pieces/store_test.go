@@ -37,73 +37,73 @@ func digestsOf(l Layout, b []byte) []Digest {
 
 func piece(l Layout, b []byte, i int) []byte { return b[l.Offset(i):l.Offset(i+1)] }
 
-func open(t testing.TB, dir string, cfg StoreConfig) *Store {
-	t.Helper()
+func open(tb testing.TB, dir string, cfg StoreConfig) *Store {
+	tb.Helper()
 	s, err := OpenStore(dir, cfg)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	t.Cleanup(func() { s.Close() })
+	tb.Cleanup(func() { _ = s.Close() })
 	return s
 }
 
-func create(t testing.TB, s *Store, m Meta) *Content {
-	t.Helper()
+func create(tb testing.TB, s *Store, m Meta) *Content {
+	tb.Helper()
 	c, err := s.Create(m)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	t.Cleanup(c.Release)
+	tb.Cleanup(c.Release)
 	return c
 }
 
-func get(t testing.TB, s *Store, id TaskID) *Content {
-	t.Helper()
+func get(tb testing.TB, s *Store, id TaskID) *Content {
+	tb.Helper()
 	c, err := s.Get(id)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	t.Cleanup(c.Release)
+	tb.Cleanup(c.Release)
 	return c
 }
 
 // fill makes the pieces of b that c lacks.
-func fill(t testing.TB, c *Content, b []byte) {
-	t.Helper()
+func fill(tb testing.TB, c *Content, b []byte) {
+	tb.Helper()
 	for i := range c.Layout().Count() {
 		if _, err := c.Make(i, bytes.NewReader(piece(c.Layout(), b, i))); err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
 	}
 }
 
 // put puts b into the store, whole.
-func put(t testing.TB, s *Store, m Meta, b []byte) {
-	t.Helper()
+func put(tb testing.TB, s *Store, m Meta, b []byte) {
+	tb.Helper()
 	c, err := s.Create(m)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer c.Release()
-	fill(t, c, b)
+	fill(tb, c, b)
 	if err := c.SetComplete(); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 }
 
-func read(t testing.TB, c *Content) []byte {
-	t.Helper()
-	b, err := io.ReadAll(c.NewReader(t.Context(), 0, c.Layout().Length))
+func read(tb testing.TB, c *Content) []byte {
+	tb.Helper()
+	b, err := io.ReadAll(c.NewReader(tb.Context(), 0, c.Layout().Length))
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return b
 }
 
-func wantErr(t testing.TB, got, want error) {
-	t.Helper()
+func wantErr(tb testing.TB, got, want error) {
+	tb.Helper()
 	if !errors.Is(got, want) {
-		t.Fatalf("error %v, want %v", got, want)
+		tb.Fatalf("error %v, want %v", got, want)
 	}
 }
 
@@ -299,10 +299,11 @@ func TestEviction(t *testing.T) {
 			if i < 4 {
 				put(t, s, m, b)
 			}
-			time.Sleep(2 * stampAfter) // of the bubble's clock
+			<-time.After(2 * stampAfter) // of the bubble's clock
 		}
 		pinned := get(t, s, ids[1]) // and so are 2 and 3 less recently used than 0
 		get(t, s, ids[0]).Release()
+		<-time.After(time.Second)
 
 		_, tooBig := blob(20, 5*MinPieceSize)
 		_, err := s.Create(tooBig)
@@ -324,15 +325,18 @@ func TestEviction(t *testing.T) {
 		if !pinned.Has(0) {
 			t.Error("the pinned one lost its piece")
 		}
+		<-time.After(time.Second)
 		pinned.Release()
 		u := s.Usage()
 		if want := (Usage{Reserved: 4 * MinPieceSize, Quota: 4 * MinPieceSize, Tasks: 3, Evicted: 2}); u != want {
 			t.Errorf("usage %+v, want %+v", u, want)
 		}
-		s.Close()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
 
 		// A smaller quota at the next start: last uses have lasted.
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		s = open(t, dir, StoreConfig{Quota: 3 * MinPieceSize})
 		var left []TaskID
 		for _, h := range s.Tasks() {
