@@ -185,7 +185,7 @@ const (
 func (c *Client) send(ctx context.Context, q question, authorization string) (*answer, error) {
 	base := c.base(q.Repo.Registry)
 	u := *base
-	u.Path, u.RawQuery = base.Path+q.path(), q.query
+	u.Path, u.RawQuery = base.Path+q.Path(), q.query
 	header := q.header.Clone()
 	if header == nil {
 		header = http.Header{}

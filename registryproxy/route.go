@@ -243,8 +243,8 @@ func validName(name string) bool {
 	return true
 }
 
-// path returns the path of a checked route below a registry's root.
-func (r Route) path() string {
+// Path returns the path of a route from ParseRoute below a registry's root.
+func (r Route) Path() string {
 	switch r.Kind {
 	case KindPing:
 		return "/v2/"

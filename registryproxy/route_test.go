@@ -145,15 +145,15 @@ func FuzzParseRoute(f *testing.F) {
 				t.Fatalf("%q passed", s)
 			}
 		}
-		again, err := ParseRoute(http.MethodGet, strings.TrimPrefix(r.path(), "/v2/"), r.Repo.Registry, "")
+		again, err := ParseRoute(http.MethodGet, strings.TrimPrefix(r.Path(), "/v2/"), r.Repo.Registry, "")
 		if err != nil || again != r {
 			t.Fatalf("%v became %v, %v", r, again, err)
 		}
 		if r.Kind == KindPing || !strings.ContainsAny(r.Repo.Registry, ".:") {
 			return
 		}
-		again, err = ParseRoute(http.MethodGet, strings.Replace(r.path(), "/v2/", r.Repo.Registry+"/", 1), "", "")
-		if err != nil && len(r.path())+len(r.Repo.Registry) < maxPath || err == nil && again != r {
+		again, err = ParseRoute(http.MethodGet, strings.Replace(r.Path(), "/v2/", r.Repo.Registry+"/", 1), "", "")
+		if err != nil && len(r.Path())+len(r.Repo.Registry) < maxPath || err == nil && again != r {
 			t.Fatalf("%v became %v, %v", r, again, err)
 		}
 	})
