@@ -2,15 +2,9 @@ package registryproxy
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"io"
 	"log"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -28,42 +22,22 @@ import (
 )
 
 // network is an Internet in memory, whose waits a synctest bubble understands.
-// A handler is reached by its host and port; port 443 speaks TLS.
+// A handler is reached by its host and port. There is no TLS, whose mutexes a
+// bubble cannot see through: what goes to port 443 is taken for encrypted.
 type network struct {
 	t     *testing.T
-	cert  tls.Certificate
-	roots *x509.CertPool
 	hosts map[string]chan net.Conn
 }
 
 func newNetwork(t *testing.T) *network {
-	t.Cleanup(func() { <-time.After(time.Minute) }) // a broken TLS connection takes its time to close
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
-	leaf := &x509.Certificate{
-		SerialNumber: big.NewInt(1),
-		DNSNames:     []string{"*.test", "registry-1.docker.io"},
-		NotBefore:    time.Now().Add(-time.Hour),
-		NotAfter:     time.Now().Add(24 * time.Hour),
-	}
-	der, err := x509.CreateCertificate(rand.Reader, leaf, leaf, key.Public(), key)
-	require.NoError(t, err)
-	leaf, err = x509.ParseCertificate(der)
-	require.NoError(t, err)
-	n := &network{t: t, roots: x509.NewCertPool(), hosts: map[string]chan net.Conn{}}
-	n.cert = tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-	n.roots.AddCert(leaf)
-	return n
+	return &network{t: t, hosts: map[string]chan net.Conn{}}
 }
 
 // serve answers at addr with h until the test ends.
 func (n *network) serve(addr string, h http.Handler) {
 	conns := make(chan net.Conn)
 	n.hosts[addr] = conns
-	l := net.Listener(&pipeListener{conns: conns, closed: make(chan struct{})})
-	if strings.HasSuffix(addr, ":443") {
-		l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{n.cert}})
-	}
+	l := &pipeListener{conns: conns, closed: make(chan struct{})}
 	s := &http.Server{Handler: h, ErrorLog: log.New(io.Discard, "", 0)}
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = s.Serve(l) })
@@ -90,8 +64,7 @@ func (n *network) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 func (n *network) client(cfg Config) *testClient {
 	c := newTestClient(n.t, cfg)
 	transport := c.transport.(*http.Transport)
-	transport.DialContext = n.dial
-	transport.TLSClientConfig = &tls.Config{RootCAs: n.roots}
+	transport.DialContext, transport.DialTLSContext = n.dial, n.dial
 	return c
 }
 
