@@ -260,8 +260,8 @@ func TestDoubtOutlastsCleanEnd(t *testing.T) {
 	if _, err := c.Make(3, bytes.NewReader(b)); err == nil {
 		t.Error("a lost piece's digest is forgotten")
 	}
-	if get(t, s, m2.ID).Has(0) {
-		t.Error("a piece found rotten is back after a clean end")
+	if c := get(t, s, m2.ID); c.Has(0) || c.Digest(0) != Sum(b2) {
+		t.Error("a piece found rotten is back after a clean end, or its digest forgotten")
 	}
 	checkRecovers(t, s, m, b)
 	checkRecovers(t, s, m2, b2)
@@ -345,9 +345,15 @@ func TestStartSweeps(t *testing.T) {
 	}
 	_, lost := blob(58, 1)
 	_, alias := blob(59, 1)
-	swept := []string{tempPrefix + "1/content", tempPrefix + "x", taskDir(lost.ID) + "/content", taskDir(alias.ID) + "/" + metaName}
+	short, cut := blob(63, 100)
+	s = open(t, dir, StoreConfig{})
+	put(t, s, cut, short)
+	if err := errors.Join(s.Close(), os.Truncate(filepath.Join(dir, taskDir(cut.ID), contentName), 99)); err != nil {
+		t.Fatal(err)
+	}
+	swept := []string{tempPrefix + "1/content", tempPrefix + "x", taskDir(lost.ID) + "/content", taskDir(alias.ID) + "/" + metaName, taskDir(cut.ID)}
 	stays := []string{"notes.txt", "other/" + metaName, "SHA256-" + strings.Repeat("0", 64) + "/x"}
-	for _, name := range append(swept, stays...) {
+	for _, name := range append(swept[:len(swept)-1:len(swept)-1], stays...) {
 		name = filepath.Join(dir, name)
 		meta, err := json.Marshal(m) // of another task than the directory's
 		if err == nil {

@@ -225,10 +225,14 @@ func (t *task) writeMeta(m Meta, durable bool) error {
 	t.mu.Lock()
 	t.meta = m
 	t.mu.Unlock()
-	if durable {
-		return errors.Join(s.syncDir(t.dir), s.syncDir("."))
+	if !durable {
+		return nil
 	}
-	return nil
+	err = errors.Join(s.syncDir(t.dir), s.syncDir("."))
+	if ended := t.ended(); ended != nil {
+		return ended
+	}
+	return err
 }
 
 // open opens one of the task's files. Once t has ended the name may be that of

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 )
@@ -155,5 +156,32 @@ func TestReaderEnds(t *testing.T) {
 	c.Release()
 	if _, err := io.ReadAll(c.NewReader(t.Context(), 0, 1)); err == nil {
 		t.Error("a released content is read")
+	}
+}
+
+// TestContentCutShort: bytes that are gone from under a content are an error,
+// never an early end.
+func TestContentCutShort(t *testing.T) {
+	b, m := blob(43, 1000)
+	dir := t.TempDir()
+	s := open(t, dir, StoreConfig{})
+	put(t, s, m, b)
+	if err := os.Truncate(filepath.Join(dir, taskDir(m.ID), contentName), 700); err != nil {
+		t.Fatal(err)
+	}
+	c := get(t, s, m.ID)
+	for name, copyTo := range map[string]func(io.Writer) error{
+		"CopyRange": func(w io.Writer) error { _, err := c.CopyRange(w, 0, 1000); return err },
+		"WriteTo":   func(w io.Writer) error { _, err := c.NewReader(t.Context(), 0, 1000).WriteTo(w); return err },
+		"Read": func(w io.Writer) error {
+			_, err := io.Copy(w, struct{ io.Reader }{c.NewReader(t.Context(), 0, 1000)})
+			return err
+		},
+	} {
+		var got bytes.Buffer
+		err := copyTo(&got)
+		if !errors.Is(err, io.ErrUnexpectedEOF) || !bytes.Equal(got.Bytes(), b[:700]) {
+			t.Errorf("%s: %d bytes, %v", name, got.Len(), err)
+		}
 	}
 }

@@ -302,6 +302,9 @@ func TestEviction(t *testing.T) {
 			<-time.After(2 * stampAfter) // of the bubble's clock
 		}
 		pinned := get(t, s, ids[1]) // and so are 2 and 3 less recently used than 0
+		twice := get(t, s, ids[1])
+		twice.Release()
+		twice.Release()
 		get(t, s, ids[0]).Release()
 		<-time.After(time.Second)
 
@@ -331,6 +334,9 @@ func TestEviction(t *testing.T) {
 		if want := (Usage{Reserved: 4 * MinPieceSize, Quota: 4 * MinPieceSize, Tasks: 3, Evicted: 2}); u != want {
 			t.Errorf("usage %+v, want %+v", u, want)
 		}
+		used := time.Now()
+		get(t, s, m.ID).Release()
+		<-time.After(time.Second)
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -341,8 +347,8 @@ func TestEviction(t *testing.T) {
 		var left []TaskID
 		for _, h := range s.Tasks() {
 			left = append(left, h.ID)
-			if h.LastUse.After(time.Now().Add(-time.Hour)) {
-				t.Errorf("%s was last used %s ago, when it was not", h.ID, time.Since(h.LastUse))
+			if h.ID == m.ID && !h.LastUse.Equal(used) {
+				t.Errorf("last used %s after it was", h.LastUse.Sub(used))
 			}
 		}
 		want := []TaskID{m.ID, ids[1]}
@@ -360,7 +366,7 @@ func TestRemove(t *testing.T) {
 	if _, err := c.Make(0, bytes.NewReader(b)); err != nil {
 		t.Fatal(err)
 	}
-	early := c.NewReader(t.Context(), 0, m.Layout.Length)
+	early := get(t, s, m.ID).NewReader(t.Context(), 0, m.Layout.Length)
 	waited := make(chan error)
 	go func() { waited <- c.Wait(context.Background(), 1) }()
 	if err := s.Remove(m.ID); err != nil {
@@ -393,6 +399,50 @@ func TestRemove(t *testing.T) {
 	if u := s.Usage(); u.Tasks != 1 || u.Reserved != m.Layout.Length {
 		t.Errorf("usage %+v", u)
 	}
+}
+
+// TestRemoveWhileMade: a task removed between its entry in the map and its
+// directory leaves nothing on the disk.
+func TestRemoveWhileMade(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, StoreConfig{})
+	_, m := blob(33, 10)
+	c, _, _, err := s.create(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove(m.ID); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, c.ready(), ErrGone)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 || entries[0].Name() != lockName {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+	if u := s.Usage(); u != (Usage{}) {
+		t.Errorf("usage %+v", u)
+	}
+}
+
+// TestCreateFails: a directory that cannot be made leaves no task and no
+// reservation, and the next Create works.
+func TestCreateFails(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, StoreConfig{Quota: 100})
+	_, m := blob(34, 100)
+	inTheWay := filepath.Join(dir, fmt.Sprintf("%s%d", tempPrefix, s.temps.Load()+1))
+	if err := os.WriteFile(inTheWay, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.Create(m)
+	wantErr(t, err, os.ErrExist)
+	if u := s.Usage(); u.Reserved != 0 || u.Tasks != 0 {
+		t.Errorf("usage %+v", u)
+	}
+	// The remains of a removal that failed are no obstacle.
+	if err := os.MkdirAll(filepath.Join(dir, taskDir(m.ID), "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	create(t, s, m)
 }
 
 func TestCloseEndsWaits(t *testing.T) {
