@@ -17,7 +17,7 @@ import (
 
 const (
 	dialTimeout   = 3 * time.Second
-	headerTimeout = 10 * time.Second // also for a TLS handshake
+	headerTimeout = 10 * time.Second // from the dialling to the answer's header
 	stallTimeout  = 10 * time.Second
 	maxRedirects  = 10
 )
@@ -106,13 +106,11 @@ func newTransport() *http.Transport {
 			}
 			return u, nil
 		},
-		DialContext:           (&net.Dialer{Timeout: dialTimeout}).DialContext,
-		TLSHandshakeTimeout:   headerTimeout,
-		ResponseHeaderTimeout: headerTimeout,
-		MaxIdleConnsPerHost:   16,
-		IdleConnTimeout:       90 * time.Second,
-		DisableCompression:    true, // a digest is of the bytes as they are stored
-		Protocols:             &protocols,
+		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		MaxIdleConnsPerHost: 16,
+		IdleConnTimeout:     90 * time.Second,
+		DisableCompression:  true, // a digest is of the bytes as they are stored
+		Protocols:           &protocols,
 	}
 }
 
@@ -248,7 +246,9 @@ func (x *exchange) follow(method string, u *url.URL, header http.Header) (_ *htt
 	header.Set("User-Agent", "damselfly")
 	for range maxRedirects + 1 {
 		req := (&http.Request{Method: method, URL: u, Host: u.Host, Header: header}).WithContext(x.ctx)
+		t := time.AfterFunc(headerTimeout, func() { x.cancel(errNoAnswer) })
 		resp, err := x.transport.RoundTrip(req)
+		t.Stop()
 		if err != nil {
 			return nil, redirected, err
 		}
@@ -273,6 +273,8 @@ func (x *exchange) follow(method string, u *url.URL, header http.Header) (_ *htt
 	}
 	return nil, redirected, permanent("there are too many redirects")
 }
+
+var errNoAnswer = errors.New("no answer in 10 s")
 
 // maxRedirectBody is how much of a redirect's page is read.
 const maxRedirectBody = 4 << 10
@@ -305,7 +307,7 @@ func (x *exchange) failed(err error) error {
 	if x.caller.Err() != nil {
 		return fmt.Errorf("registry %s: %w", x.registry, context.Cause(x.caller))
 	}
-	if cause := context.Cause(x.ctx); errors.Is(cause, errStalled) {
+	if cause := context.Cause(x.ctx); cause == errStalled || cause == errNoAnswer {
 		err = cause
 	}
 	return &UpstreamError{x.registry, isPassing(err), err}

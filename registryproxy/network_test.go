@@ -136,3 +136,6 @@ func sourceOf(contents ...string) http.HandlerFunc {
 }
 
 func digestOf(s string) string { return digest.FromString(s).String() }
+
+// newDeafHost takes a connection and then does nothing with it.
+func newDeafHost() chan net.Conn { return make(chan net.Conn, 1) }
