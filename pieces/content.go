@@ -26,109 +26,6 @@ func (e *DigestError) Error() string {
 	return fmt.Sprintf("piece %d of %s: bytes do not match the digest", e.Piece, e.Task)
 }
 
-// task is one task of a store; all its Contents share it.
-type task struct {
-	store  *Store
-	id     TaskID
-	layout Layout
-	dir    string
-	gone   chan struct{} // closed when the store has dropped t or is closed itself
-
-	// Guarded by store.mu.
-	pins    int
-	made    bool      // its directory exists
-	lastUse time.Time // in memory
-	stamped time.Time // on disk
-
-	// disk is held while the directory is made, the record or the metadata is
-	// written, and a piece in doubt is verified. It is taken before the other two
-	// and guards recordEnd.
-	disk      sync.Mutex
-	recordEnd int64
-
-	// mu guards what follows.
-	mu      sync.Mutex
-	meta    Meta
-	have    Set      // pieces recorded as present
-	good    Set      // those of them that are verified; only grows
-	digests []Digest // nil while t is not pinned, to save memory; a digest once known stays known
-	waiters map[int]chan struct{}
-	dirty   bool  // the content or the record is not synced
-	suspect bool  // the record on disk may be wrong about what is there
-	why     error // why gone is closed
-}
-
-func newTask(s *Store, m Meta) *task {
-	m.Public = slices.Clone(m.Public)
-	return &task{
-		store: s, id: m.ID, layout: m.Layout, dir: taskDir(m.ID),
-		gone:    make(chan struct{}),
-		lastUse: time.Now(),
-		meta:    m,
-		have:    NewSet(m.Layout.Count()),
-		good:    NewSet(m.Layout.Count()),
-	}
-}
-
-// end marks t as no longer in the store.
-func (t *task) end(why error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.why == nil {
-		t.why = why
-		close(t.gone)
-	}
-}
-
-// ended returns why t is no longer in the store, nil when it is.
-func (t *task) ended() error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.why
-}
-
-// settleDown makes durable what t has, and tells whether its record can be
-// trusted when it is next read. t has ended, so nothing is added meanwhile.
-func (t *task) settleDown() bool {
-	t.disk.Lock()
-	defer t.disk.Unlock()
-	t.mu.Lock()
-	dirty, sure := t.dirty, !t.suspect && t.have.Len() == t.good.Len()
-	t.mu.Unlock()
-	if !dirty {
-		return sure
-	}
-	for _, name := range []string{contentName, recordName} {
-		f, err := t.store.root.OpenFile(t.dir+"/"+name, os.O_RDWR, 0)
-		if err != nil {
-			return false
-		}
-		if err := errors.Join(f.Sync(), f.Close()); err != nil {
-			return false
-		}
-	}
-	return sure
-}
-
-// Meta returns what the task is. Its Complete takes the record's word for the
-// pieces that are yet to be verified.
-func (t *task) Meta() Meta {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	m := t.meta
-	m.Public = slices.Clone(m.Public)
-	m.Complete = m.Complete && t.have.Full()
-	return m
-}
-
-// Have returns the pieces present, among them after an unclean end those that
-// are yet to be verified: Has is the one to ask before use.
-func (t *task) Have() Set {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.have.Clone()
-}
-
 // Content is the content of one task, pinned: it is not evicted before Release.
 // Its methods may be called by any number of goroutines.
 type Content struct {
@@ -218,7 +115,11 @@ func (c *Content) ID() TaskID { return c.id }
 func (c *Content) Layout() Layout { return c.layout }
 
 // Complete tells whether all pieces are present and SetComplete said so.
-func (c *Content) Complete() bool { return c.Meta().Complete }
+func (c *Content) Complete() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.meta.Complete && c.have.Full()
+}
 
 // Has tells whether piece i is present and right. A piece in doubt is verified
 // first, which reads it from the disk.
@@ -486,66 +387,41 @@ func (c *Content) SetComplete(public ...string) error {
 			return c.pieceError(i, ErrMissing)
 		}
 	}
-	if err := c.sync(); err != nil {
-		return fmt.Errorf("sync %s: %w", c.id, err)
-	}
 	return c.change(func(m *Meta) { m.Complete = true; m.addPublic(public) }, true)
 }
 
 // AddPublic adds a "registry/repository" name under which anyone may read the
 // content. Past 256 names the oldest is forgotten.
 func (c *Content) AddPublic(name string) error {
-	if slices.Contains(c.Meta().Public, name) {
+	c.mu.Lock()
+	known := slices.Contains(c.meta.Public, name)
+	c.mu.Unlock()
+	if known {
 		return nil
 	}
 	return c.change(func(m *Meta) { m.addPublic([]string{name}) }, false)
 }
 
-func (m *Meta) addPublic(names []string) {
-	for _, name := range names {
-		if !slices.Contains(m.Public, name) {
-			m.Public = append(m.Public, name)
-		}
-	}
-	m.Public = m.Public[max(0, len(m.Public)-maxPublic):]
-}
-
+// change edits the metadata, and where asked makes all of the task durable.
 func (c *Content) change(edit func(*Meta), durable bool) error {
 	c.disk.Lock()
 	defer c.disk.Unlock()
 	m := c.Meta()
 	edit(&m)
 	err := m.validate()
+	if err == nil && durable {
+		err = c.sync()
+	}
 	if err == nil {
 		err = c.writeMeta(m, durable)
 	}
-	if err != nil {
-		return fmt.Errorf("write the metadata of %s: %w", c.id, err)
+	if err == nil {
+		return nil
 	}
-	return nil
-}
-
-// sync makes the content and its record durable.
-func (c *Content) sync() error {
-	c.mu.Lock()
-	c.dirty = false
-	c.mu.Unlock()
-	err := errors.Join(c.syncFile(&c.content, contentName), c.syncFile(&c.record, recordName))
-	if err != nil {
-		// The kernel reports a failed write once; a later sync proves nothing.
-		c.mu.Lock()
-		c.dirty, c.suspect = true, true
-		c.mu.Unlock()
+	if ended := c.ended(); ended != nil { // the files went from under us
+		err = ended
 	}
-	return err
-}
-
-func (c *Content) syncFile(p **os.File, name string) error {
-	f, err := c.file(p, name)
-	if err != nil {
-		return err
-	}
-	return f.Sync()
+	return fmt.Errorf("write the metadata of %s: %w", c.id, err)
 }
 
 // file returns c's own file behind p, c.content or c.record, opening it when it

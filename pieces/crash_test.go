@@ -329,9 +329,10 @@ func TestRecordDamagedWhileOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := s.Get(m.ID)
-	wantErr(t, err, ErrGone)
-	_, err = s.Get(m.ID)
 	wantErr(t, err, ErrNotFound)
+	if u := s.Usage(); u.Tasks != 0 {
+		t.Errorf("usage %+v", u)
+	}
 	checkRecovers(t, s, m, b)
 }
 

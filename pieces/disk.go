@@ -1,67 +1,17 @@
 package pieces
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"math/bits"
 	"os"
 	"path"
-	"slices"
-	"strings"
 	"time"
 )
 
-const (
-	// maxSmallFile bounds what is read whole from the disk, in bytes.
-	maxSmallFile = 1 << 20
-	// maxPublic bounds the names of a Meta. Forgetting the oldest is safe: it
-	// costs its next asker one question to the registry.
-	maxPublic = 256
-	// maxName bounds a public name and a media type, in bytes.
-	maxName = 1024
-)
-
-// Meta says what a task is. It is kept as JSON.
-type Meta struct {
-	ID        TaskID   `json:"id"`
-	Layout    Layout   `json:"layout"`
-	MediaType string   `json:"mediaType,omitempty"` // of a manifest, else empty
-	Public    []string `json:"public,omitempty"`    // "registry/repository" names under which anyone may read it
-	Complete  bool     `json:"complete,omitempty"`  // every piece present and the whole content's digest verified
-}
-
-func (m Meta) validate() error {
-	if _, err := ParseTaskID(string(m.ID)); err != nil {
-		return err
-	}
-	if err := m.Layout.Validate(); err != nil {
-		return err
-	}
-	if len(m.MediaType) > maxName || len(m.Public) > maxPublic ||
-		slices.ContainsFunc(m.Public, func(s string) bool { return len(s) > maxName }) {
-		return errors.New("media type or public names are too long")
-	}
-	return nil
-}
-
-func parseMeta(b []byte) (Meta, error) {
-	var m Meta
-	if err := json.Unmarshal(b, &m); err != nil {
-		return Meta{}, err
-	}
-	return m, m.validate()
-}
-
-func taskDir(id TaskID) string { return strings.Replace(string(id), ":", "-", 1) }
-
-// dirTask returns the task whose directory has that name, if any.
-func dirTask(name string) (TaskID, bool) {
-	id, err := ParseTaskID(strings.Replace(name, "-", ":", 1))
-	return id, err == nil && taskDir(id) == name
-}
+// maxSmallFile bounds what is read whole from the disk, in bytes.
+const maxSmallFile = 1 << 20
 
 // loadTask reads a task from its directory.
 func (s *Store) loadTask(id TaskID, trusted bool) error {
@@ -115,139 +65,6 @@ func (s *Store) loadTask(id TaskID, trusted bool) error {
 	return nil
 }
 
-func (t *task) readRecord() (record, error) {
-	f, err := t.open(recordName, os.O_RDONLY)
-	if err != nil {
-		return record{}, err
-	}
-	defer func() { _ = f.Close() }()
-	return readRecord(f, t.id, t.layout)
-}
-
-// loadDigests brings back the digests of the pieces that were ever present.
-// t.disk is held. A record that no longer has them takes the task with it.
-func (t *task) loadDigests() error {
-	rec, err := t.readRecord()
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	t.mu.Lock()
-	whole := err == nil
-	for i := range t.have.All() {
-		whole = whole && rec.have.Has(i)
-	}
-	if whole {
-		t.digests = rec.digests
-	}
-	t.mu.Unlock()
-	if whole {
-		return nil
-	}
-	_ = t.store.Remove(t.id)
-	return fmt.Errorf("its record is damaged: %w", ErrGone)
-}
-
-// create makes the task's directory, complete or not at all. t.disk is held.
-func (t *task) create() error {
-	s := t.store
-	temp := s.tempName()
-	if err := t.createIn(temp); err != nil {
-		_ = s.root.RemoveAll(temp) // swept by the next OpenStore at the latest
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	err := t.ended()
-	if err == nil {
-		err = s.root.Rename(temp, t.dir)
-		if errors.Is(err, fs.ErrExist) { // the remains of one that could not be removed
-			if err = s.root.RemoveAll(t.dir); err == nil {
-				err = s.root.Rename(temp, t.dir)
-			}
-		}
-	}
-	if err != nil {
-		_ = s.root.RemoveAll(temp)
-		return err
-	}
-	t.made = true
-	t.mu.Lock()
-	t.digests = make([]Digest, t.layout.Count())
-	t.mu.Unlock()
-	return nil
-}
-
-func (t *task) createIn(dir string) error {
-	root := t.store.root
-	if err := root.Mkdir(dir, 0o700); err != nil {
-		return err
-	}
-	f, err := root.OpenFile(path.Join(dir, contentName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(f.Truncate(t.layout.Length), f.Close()); err != nil {
-		return err
-	}
-	if err := root.WriteFile(path.Join(dir, recordName), nil, 0o600); err != nil {
-		return err
-	}
-	// Not synced: a task that a power cut takes here had nothing worth keeping,
-	// and whoever waits for its first byte should not wait for the disk.
-	b, err := json.Marshal(t.Meta())
-	if err != nil {
-		return err
-	}
-	return root.WriteFile(path.Join(dir, metaName), b, 0o600)
-}
-
-// writeMeta replaces the task's metadata, on disk and then in memory. t.disk is
-// held, or t is not yet known to anyone else.
-func (t *task) writeMeta(m Meta, durable bool) error {
-	s := t.store
-	b, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	temp, err := s.writeTemp(b, true)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	if err = t.ended(); err == nil {
-		err = s.root.Rename(temp, path.Join(t.dir, metaName))
-	}
-	s.mu.Unlock()
-	if err != nil {
-		_ = s.root.Remove(temp)
-		return err
-	}
-	t.mu.Lock()
-	t.meta = m
-	t.mu.Unlock()
-	if !durable {
-		return nil
-	}
-	err = errors.Join(s.syncDir(t.dir), s.syncDir("."))
-	if ended := t.ended(); ended != nil {
-		return ended
-	}
-	return err
-}
-
-// open opens one of the task's files. Once t has ended the name may be that of
-// another task's file, hence the look after opening.
-func (t *task) open(name string, flag int) (*os.File, error) {
-	f, err := t.store.root.OpenFile(path.Join(t.dir, name), flag, 0)
-	if ended := t.ended(); ended != nil {
-		if err == nil {
-			_ = f.Close()
-		}
-		return nil, ended
-	}
-	return f, err
-}
-
 // readFile reads a small file whole.
 func (s *Store) readFile(name string) ([]byte, error) {
 	f, err := s.root.Open(name)
@@ -267,15 +84,14 @@ func (s *Store) readFile(name string) ([]byte, error) {
 	return b, err
 }
 
-// writeTemp writes b to a new file with a temporary name, synced if asked.
-func (s *Store) writeTemp(b []byte, synced bool) (name string, err error) {
+// writeTemp writes b to a new file with a temporary name, and to the disk.
+func (s *Store) writeTemp(b []byte) (name string, err error) {
 	name = s.tempName()
 	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return "", err
 	}
-	_, err = f.Write(b)
-	if err == nil && synced {
+	if _, err = f.Write(b); err == nil {
 		err = f.Sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
@@ -285,13 +101,18 @@ func (s *Store) writeTemp(b []byte, synced bool) (name string, err error) {
 	return name, nil
 }
 
-// syncDir makes the names in a directory durable.
-func (s *Store) syncDir(name string) error {
-	d, err := s.root.Open(name)
-	if err != nil {
-		return err
+// sync makes files durable, and the names in directories.
+func (s *Store) sync(names ...string) error {
+	for _, name := range names {
+		f, err := s.root.Open(name)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+			return err
+		}
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return nil
 }
 
 // buffer returns a buffer of n bytes, to be given back with free.

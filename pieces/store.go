@@ -152,7 +152,7 @@ func (s *Store) takeMarker() (trusted func(TaskID) bool, err error) {
 	if err == nil {
 		err = json.Unmarshal(b, &doubtful)
 	}
-	if err := errors.Join(s.root.RemoveAll(cleanName), s.syncDir(".")); err != nil {
+	if err := errors.Join(s.root.RemoveAll(cleanName), s.sync(".")); err != nil {
 		return nil, err
 	}
 	if err != nil { // a marker that cannot be read says nothing
@@ -222,14 +222,14 @@ func (s *Store) writeMarker(doubtful []TaskID) error {
 	if err != nil {
 		return err
 	}
-	temp, err := s.writeTemp(b, true)
+	temp, err := s.writeTemp(b)
 	if err != nil {
 		return fmt.Errorf("mark the clean end: %w", err)
 	}
 	if err := s.root.Rename(temp, cleanName); err != nil {
 		return fmt.Errorf("mark the clean end: %w", err)
 	}
-	return s.syncDir(".")
+	return s.sync(".")
 }
 
 // Create returns the content of the task m.ID, pinned: the existing one with all
@@ -237,7 +237,7 @@ func (s *Store) writeMarker(doubtful []TaskID) error {
 // m.ID, m.Layout, m.MediaType and m.Public. One with another layout is replaced
 // when nothing uses it; else the error is ErrInUse. Where the quota demands it,
 // the least recently used tasks without pins are evicted; ErrQuota when that is
-// not enough.
+// not enough. ErrGone says that the task was removed meanwhile.
 func (s *Store) Create(m Meta) (*Content, error) {
 	m.Complete = false
 	if err := m.validate(); err != nil {
@@ -301,6 +301,9 @@ func (s *Store) Get(id TaskID) (*Content, error) {
 	s.mu.Unlock()
 	if err == nil {
 		err = c.ready()
+	}
+	if errors.Is(err, ErrGone) { // meanwhile, or its record is damaged
+		err = ErrNotFound
 	}
 	if err != nil {
 		return nil, fmt.Errorf("task %s: %w", clip(string(id)), err)
