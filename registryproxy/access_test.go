@@ -197,6 +197,7 @@ func TestAccessIsShared(t *testing.T) {
 					require.NoError(t, err)
 				}
 			})
+			synctest.Wait() // so that the one that leaves is the first
 		}
 		wg.Wait()
 		require.EqualValues(t, 1, g.asked.Load())

@@ -33,6 +33,7 @@ func newTokenRegistry(n *network) *tokenRegistry {
 	tr := &tokenRegistry{scope: map[string]string{}, until: map[string]time.Time{}, life: 300, realm: "https://auth.test/token?x=y"}
 	n.handle("reg.test:443", tr.registry)
 	n.handle("auth.test:443", tr.server)
+	n.handle("auth.test:80", tr.server)
 	return tr
 }
 
@@ -161,6 +162,8 @@ func TestTokenIsShared(t *testing.T) {
 			ctx := t.Context()
 			if i == 0 {
 				ctx = gone
+			} else {
+				synctest.Wait() // the first has left
 			}
 			wg.Go(func() {
 				_, err := c.HeadBlob(ctx, public, digestOf("blob"), Caller{})
@@ -175,6 +178,59 @@ func TestTokenIsShared(t *testing.T) {
 		wg.Wait()
 		_, issued := tr.counts()
 		require.Equal(t, 1, issued)
+	})
+}
+
+// Who asked for a token while another was getting it takes that.
+func TestTokenOfAMomentAgo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := newNetwork(t)
+		tr := newTokenRegistry(net)
+		first := true
+		net.handle("reg.test:443", func(w http.ResponseWriter, r *http.Request) {
+			if first {
+				first = false
+				<-time.After(time.Second)
+			}
+			tr.registry(w, r)
+		})
+		c := net.client(Config{})
+		var wg sync.WaitGroup
+		for range 2 {
+			wg.Go(func() {
+				_, err := c.HeadBlob(t.Context(), public, digestOf("blob"), Caller{})
+				require.NoError(t, err)
+			})
+			synctest.Wait()
+		}
+		wg.Wait()
+		asked, issued := tr.counts()
+		require.Equal(t, []int{4, 1}, []int{asked, issued})
+	})
+}
+
+// An object store's no to a signed URL says nothing against the token.
+func TestTokenAndRedirect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := newNetwork(t)
+		tr := newTokenRegistry(net)
+		net.handle("store.test:443", store)
+		net.handle("reg.test:443", func(w http.ResponseWriter, r *http.Request) {
+			if r.Header.Get("Authorization") == "" {
+				tr.registry(w, r)
+				return
+			}
+			http.Redirect(w, r, "https://store.test/?signature=old", 307)
+		})
+		c := net.client(Config{})
+		for range 2 {
+			_, err := c.Blob(t.Context(), public, digestOf("blob"), 0, Caller{})
+			require.IsType(t, &Refusal{}, err)
+			require.Equal(t, 403, err.(*Refusal).Status)
+			require.True(t, IsTemporary(err))
+		}
+		asked, issued := tr.counts()
+		require.Equal(t, []int{1, 1}, []int{asked, issued})
 	})
 }
 
@@ -200,10 +256,10 @@ func TestOriginalChallenge(t *testing.T) {
 		"token server stalls":  {repo: public, broken: func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }},
 		"no token":             {repo: public, broken: body(`{}`)},
 		"no JSON":              {repo: public, broken: body(`<html>`)},
-		"endless answer":       {repo: public, broken: body(`{"token":"` + strings.Repeat("x", 1<<20))},
+		"endless answer":       {repo: public, broken: body(`{"token":"` + strings.Repeat("x", 1<<20) + `"}`)},
 		"header in the token":  {repo: public, broken: body(`{"token":"x\r\nHost: evil"}`)},
 		"token server drips":   {repo: public, broken: drip},
-		"realm on plain HTTP":  {repo: public, realm: "http://auth.test/token"},
+		"realm on plain HTTP":  {repo: public, realm: "http://auth.test/token?x=y"},
 		"realm leads to plain": {repo: public, broken: func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://auth.test/", 302) }},
 		"realm is no URL":      {repo: public, realm: "::"},
 		"realm is relative":    {repo: public, realm: "/token"},
@@ -236,12 +292,18 @@ func TestOriginalChallenge(t *testing.T) {
 				require.Equal(t, "registry/2.0", r.Header.Get("Docker-Distribution-Api-Version"))
 				require.JSONEq(t, `{"errors":[{"code":"UNAUTHORIZED","message":"log in"}]}`, string(r.Body))
 				require.Equal(t, tt.quiet, c.logs.Len() == 0)
+
+				asked, _ := tr.counts()
+				_, err = c.Manifest(t.Context(), false, tt.repo, "latest", nil, Caller{})
+				require.Equal(t, r, err)
+				again, _ := tr.counts()
+				require.Equal(t, asked, again, "what did not do the first time is not tried again")
 			})
 		})
 	}
 }
 
-// drip gives a byte every five seconds, without an end.
+// drip gives a byte every second, without an end.
 func drip(w http.ResponseWriter, r *http.Request) {
 	for {
 		_, _ = io.WriteString(w, " ")
@@ -249,7 +311,7 @@ func drip(w http.ResponseWriter, r *http.Request) {
 		select {
 		case <-r.Context().Done():
 			return
-		case <-time.After(5 * time.Second):
+		case <-time.After(time.Second):
 		}
 	}
 }
@@ -358,7 +420,7 @@ func TestRedirects(t *testing.T) {
 				to("https://store.test/b/"+blob+"?signature=s3cr3t")(w, r)
 			},
 		}},
-		"to another port":   {routes: map[string]http.HandlerFunc{"": to("https://reg.test:8443/x")}, err: "connection refused"},
+		"to another port":   {routes: map[string]http.HandlerFunc{"": to("https://reg.test:8443/x")}},
 		"bad signature":     {routes: map[string]http.HandlerFunc{"": to("https://store.test/b/" + blob + "?signature=old")}, status: 403},
 		"nothing there":     {routes: map[string]http.HandlerFunc{"": to("https://store.test/b/" + sha256a + "?signature=s3cr3t")}, status: 404, final: true},
 		"in circles":        {routes: map[string]http.HandlerFunc{"": to("/again?token=s3cr3t")}, err: "too many redirects"},
@@ -385,6 +447,12 @@ func TestRedirects(t *testing.T) {
 				}
 				net.handle("reg.test:443", serve)
 				net.handle("store.test:443", store)
+				net.handle("reg.test:8443", func(w http.ResponseWriter, r *http.Request) {
+					if r.Header.Get("Authorization") != "" {
+						t.Error("credentials at another port")
+					}
+					to("https://store.test/b/"+blob+"?signature=s3cr3t")(w, r)
+				})
 				net.handle("hop.test:443", func(w http.ResponseWriter, r *http.Request) {
 					if r.Header.Get("Authorization") != "" {
 						t.Error("credentials at another host")

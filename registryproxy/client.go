@@ -109,7 +109,6 @@ func newTransport() *http.Transport {
 		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
 		MaxIdleConnsPerHost: 16,
 		IdleConnTimeout:     90 * time.Second,
-		DisableCompression:  true, // a digest is of the bytes as they are stored
 		Protocols:           &protocols,
 	}
 }
@@ -242,7 +241,7 @@ func (x *exchange) do(method string, u *url.URL, header http.Header) (*answer, e
 // follow sends the request to wherever redirects lead. The credentials stay
 // with the host they are for.
 func (x *exchange) follow(method string, u *url.URL, header http.Header) (_ *http.Response, redirected bool, _ error) {
-	header.Set("Accept-Encoding", "identity")
+	header.Set("Accept-Encoding", "identity") // a digest is of the bytes as they are stored
 	header.Set("User-Agent", "damselfly")
 	for range maxRedirects + 1 {
 		req := (&http.Request{Method: method, URL: u, Host: u.Host, Header: header}).WithContext(x.ctx)
@@ -264,7 +263,7 @@ func (x *exchange) follow(method string, u *url.URL, header http.Header) (_ *htt
 		if err != nil {
 			return nil, redirected, err
 		}
-		if next.Scheme != u.Scheme || !strings.EqualFold(next.Host, u.Host) {
+		if !strings.EqualFold(next.Host, u.Host) {
 			header = header.Clone() // the transport may still hold the old one
 			header.Del("Authorization")
 			redirected = true
@@ -289,7 +288,6 @@ func redirect(from *url.URL, location string) (*url.URL, error) {
 	case to.Scheme != "https" && to.Scheme != from.Scheme:
 		return nil, permanent("a redirect leads from https to " + to.Scheme)
 	}
-	to.User, to.Fragment = nil, ""
 	return to, nil
 }
 

@@ -62,6 +62,7 @@ func TestFaults(t *testing.T) {
 		got       string        // what came before the error
 		takes     time.Duration // exactly
 	}{
+		"no such host":       {registry: "unknown.test", err: "no such host"},
 		"no connection":      {registry: "nowhere.test", err: "connection refused", temporary: true},
 		"reset":              {answer: reset, err: "EOF", temporary: true},
 		"no header":          {answer: stall, err: "no answer", temporary: true, takes: 10 * time.Second},
@@ -185,18 +186,19 @@ func TestLongRefusal(t *testing.T) {
 func TestSlowReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		net := newNetwork(t)
-		net.handle("reg.test:443", sourceOf("0123456789"))
+		blob := strings.Repeat("0123456789", 1000)
+		net.handle("reg.test:443", sourceOf(blob))
 		c := net.client(Config{})
-		b, err := c.Blob(t.Context(), public, digestOf("0123456789"), 0, Caller{})
+		b, err := c.Blob(t.Context(), public, digestOf(blob), 0, Caller{})
 		require.NoError(t, err)
 		defer b.Close()
 		var got bytes.Buffer
 		for range 10 {
 			<-time.After(time.Hour)
-			_, err := io.CopyN(&got, b, 1)
+			_, err := io.CopyN(&got, b, 1000)
 			require.NoError(t, err)
 		}
-		require.Equal(t, "0123456789", got.String())
+		require.Equal(t, blob, got.String())
 	})
 }
 

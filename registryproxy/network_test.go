@@ -48,6 +48,9 @@ func (n *network) handle(addr string, h http.HandlerFunc) { n.serve(addr, h) }
 
 func (n *network) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	conns, ok := n.hosts[addr]
+	if addr == "unknown.test:443" {
+		return nil, &net.DNSError{Err: "no such host", Name: addr, IsNotFound: true}
+	}
 	if !ok {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", fmt.Errorf("connection refused"))}
 	}

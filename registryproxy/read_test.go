@@ -178,7 +178,7 @@ func TestBasicAuth(t *testing.T) {
 // Whatever a caller hands in, nothing but a route is made a URL.
 func TestUncheckedArguments(t *testing.T) {
 	c := newTestClient(t, Config{})
-	for _, repo := range []Repository{{"reg.test/x", "app"}, {"a@b", "app"}, {"", "app"}, {"reg.test", "../app"}, {"reg.test", ""}, {"reg.test", "app?x"}} {
+	for _, repo := range []Repository{{"reg.test/x", "app"}, {"a@b", "app"}, {"", "app"}, {"LOCALHOST:1", "app"}, {"reg.test", "../app"}, {"reg.test", ""}, {"reg.test", "app?x"}} {
 		_, err := c.Blob(t.Context(), repo, sha256a, 0, Caller{})
 		require.IsType(t, &Error{}, err, repo)
 	}
@@ -337,6 +337,9 @@ func TestRangesOfABlob(t *testing.T) {
 		}
 		whole(w, r)
 	}
+	inChunks := func(h answer) answer {
+		return func(w http.ResponseWriter, r *http.Request) { h(chunkedWriter{w}, r) }
+	}
 	tests := map[string]struct {
 		off, n    int64 // n 0: to the end
 		answer    answer
@@ -360,6 +363,8 @@ func TestRangesOfABlob(t *testing.T) {
 		"206 of another place":       {off: 4, answer: partial("bytes 5-9/10", "56789"), err: "not the range"},
 		"206 from the start":         {off: 4, answer: partial("bytes 0-9/10", blob), err: "not the range"},
 		"206 ends early":             {off: 4, answer: partial("bytes 4-7/10", "4567"), err: "not the range"},
+		"206 of as many elsewhere":   {off: 4, n: 2, answer: partial("bytes 5-6/10", "56"), err: "not the range"},
+		"206 in chunks, too few":     {off: 4, answer: inChunks(partial("bytes 4-9/10", "4567")), err: "unexpected EOF", temporary: true},
 		"206 of fewer":               {off: 4, n: 4, answer: partial("bytes 4-5/10", "45"), err: "not the range"},
 		"206 of more":                {off: 4, n: 2, answer: partial("bytes 4-9/10", "456789"), err: "not the range"},
 		"206 of many":                {off: 4, answer: partial("", "--x\r\n"), err: "not the range"},
@@ -380,14 +385,16 @@ func TestRangesOfABlob(t *testing.T) {
 				} else {
 					b, err = c.BlobRange(t.Context(), repo, sha256a, tt.off, tt.n, Caller{})
 				}
+				var got []byte
+				if err == nil {
+					got, err = io.ReadAll(b)
+					require.NoError(t, b.Close())
+				}
 				if tt.err != "" {
 					require.ErrorContains(t, err, tt.err)
 					require.Equal(t, tt.temporary, IsTemporary(err))
 					return
 				}
-				require.NoError(t, err)
-				defer b.Close()
-				got, err := io.ReadAll(b)
 				require.NoError(t, err)
 				require.Equal(t, tt.want, string(got))
 				require.Equal(t, tt.length, b.Length)
@@ -395,4 +402,12 @@ func TestRangesOfABlob(t *testing.T) {
 			})
 		})
 	}
+}
+
+// chunkedWriter sends every piece of a body as it is written.
+type chunkedWriter struct{ http.ResponseWriter }
+
+func (w chunkedWriter) WriteHeader(status int) {
+	w.ResponseWriter.WriteHeader(status)
+	w.ResponseWriter.(http.Flusher).Flush()
 }

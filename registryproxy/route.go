@@ -59,10 +59,7 @@ type Route struct {
 	Reference string
 }
 
-const (
-	maxPath = 1024 // bytes; a longer path names nothing that can exist
-	maxName = 255  // bytes, for a registry or a repository name
-)
+const maxName = 255 // bytes, for a registry or a repository name
 
 var (
 	nameElement = regexp.MustCompile(`^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*$`)
@@ -84,9 +81,6 @@ func ParseRoute(method, path, ns, def string) (Route, error) {
 		return Route{}, &Error{http.StatusMethodNotAllowed, CodeUnsupported, "the method is not one of the distribution protocol"}
 	}
 	path = strings.TrimPrefix(path, "/")
-	if len(path) > maxPath {
-		return Route{}, &Error{http.StatusBadRequest, CodeNameInvalid, "the path is too long"}
-	}
 	if path == "" {
 		registry, err := pickRegistry(nil, ns, def)
 		return Route{Kind: KindPing, Repo: Repository{Registry: registry}}, err

@@ -153,7 +153,7 @@ func FuzzParseRoute(f *testing.F) {
 			return
 		}
 		again, err = ParseRoute(http.MethodGet, strings.Replace(r.Path(), "/v2/", r.Repo.Registry+"/", 1), "", "")
-		if err != nil && len(r.Path())+len(r.Repo.Registry) < maxPath || err == nil && again != r {
+		if err != nil || again != r {
 			t.Fatalf("%v became %v, %v", r, again, err)
 		}
 	})

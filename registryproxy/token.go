@@ -96,7 +96,6 @@ func (c *Client) fetchToken(ctx context.Context, repo Repository, params map[str
 	if realm.Scheme != "https" && realm.Scheme != c.base(repo.Registry).Scheme {
 		return "", 0, errors.New("the challenge's realm is not on https")
 	}
-	realm.User, realm.Fragment = nil, ""
 	query := realm.Query()
 	if service := params["service"]; service != "" {
 		query.Set("service", service)
