@@ -30,7 +30,7 @@ func (s *Scheduler) HostUp(now time.Time, id HostID, spec Host) {
 		s.offer(p)
 	}
 	s.queue(h)
-	s.settle()
+
 }
 
 // HostDown forgets a host, its pieces and its transfers; the children of those
@@ -61,7 +61,7 @@ func (s *Scheduler) HostDown(now time.Time, id HostID) {
 	s.list[h.index], last.index = last, h.index
 	s.list = s.list[:len(s.list)-1]
 	delete(s.hosts, id)
-	s.settle()
+
 }
 
 // memberships returns the host's peers, always in the same order.
@@ -98,7 +98,7 @@ func (s *Scheduler) TaskRemove(now time.Time, id TaskID) {
 	}
 	delete(s.tasks, id)
 	s.order = without(s.order, t)
-	s.settle()
+
 }
 
 // Join makes host one that has these pieces of task and wants all others; a
@@ -139,7 +139,7 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 		}
 	}
 	s.changed(p)
-	s.settle()
+
 }
 
 // Leave makes host one that neither wants nor has any of task.
@@ -147,7 +147,7 @@ func (s *Scheduler) Leave(now time.Time, host HostID, task TaskID) {
 	s.clock(now)
 	if p := s.peer(host, task); p != nil {
 		s.detach(p)
-		s.settle()
+
 	}
 }
 
@@ -165,7 +165,7 @@ func (s *Scheduler) Have(now time.Time, host HostID, task TaskID, first, count i
 		}
 	}
 	s.changed(p)
-	s.settle()
+
 }
 
 // Lost notes pieces that host has no longer. It wants them again if it wanted
@@ -182,7 +182,7 @@ func (s *Scheduler) Lost(now time.Time, host HostID, task TaskID, first, count i
 		}
 	}
 	s.changed(p)
-	s.settle()
+
 }
 
 // Want puts a run of pieces before all others that host lacks of task: a reader
@@ -196,7 +196,7 @@ func (s *Scheduler) Want(now time.Time, host HostID, task TaskID, first, count i
 	}
 	p.wantFirst, p.wantEnd = first, first+count
 	s.queue(p.host)
-	s.settle()
+
 }
 
 // Done notes that one verified piece of a transfer has come. The last one ends
@@ -213,7 +213,7 @@ func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int) {
 	parent.succeeded(s.now)
 	s.gain(child, piece, tr)
 	s.changed(child)
-	s.settle()
+
 }
 
 // Failed notes that the rest of a transfer will not come. For a busy parent,
@@ -237,7 +237,7 @@ func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failur
 		s.accuse(child, parent)
 	}
 	s.undelivered(child)
-	s.settle()
+
 }
 
 // Tick notes that time has passed: it looks for transfers that lag, hosts that
@@ -254,13 +254,12 @@ func (s *Scheduler) Tick(now time.Time) {
 		return !h.resting
 	})
 	for _, tr := range s.transfers {
-		if tr.active && s.lags(tr) {
+		if tr.child != nil && !tr.ahead && s.lags(tr) {
 			s.lagging(tr)
 		}
 	}
-	s.settle()
+	s.match()
 	s.sweep()
-	s.settle()
 }
 
 func (s *Scheduler) peer(host HostID, task TaskID) *peer {
@@ -320,12 +319,12 @@ func (s *Scheduler) lose(p *peer, i int) {
 // changed has p's host looked at, after p's pieces changed.
 func (s *Scheduler) changed(p *peer) {
 	if p.wants && p.has < p.task.n {
-		if !p.wanted {
-			p.wanted = true
+		if !p.listed {
+			p.listed = true
 			p.host.wanting = append(p.host.wanting, p)
 		}
-	} else if p.wanted {
-		p.wanted = false
+	} else if p.listed {
+		p.listed = false
 		p.host.wanting = without(p.host.wanting, p)
 	}
 	s.offer(p)

@@ -56,7 +56,7 @@ const maxShuns = 32
 // sends tells whether h may be given one more transfer to send: one that runs
 // and one ahead for each lane. What lags holds no lane, but has its bound too.
 func (h *host) sends(now time.Duration, slow bool) bool {
-	lanes := 2 * h.lent
+	lanes := h.lent
 	if slow {
 		lanes = 1
 	}
@@ -65,7 +65,7 @@ func (h *host) sends(now time.Duration, slow bool) bool {
 
 // receives is sends for downloads.
 func (h *host) receives(now time.Duration, slow bool) bool {
-	lanes := 2 * h.down
+	lanes := h.down
 	if slow {
 		lanes = 1
 	}
@@ -76,6 +76,16 @@ func (h *host) receives(now time.Duration, slow bool) bool {
 func (h *host) shuns(now time.Duration, parent *host) bool {
 	for i := range h.shunned {
 		if h.shunned[i].parent == parent && now < h.shunned[i].until {
+			return true
+		}
+	}
+	return false
+}
+
+// gets tells whether h gets something from parent now.
+func (h *host) gets(parent *host) bool {
+	for _, tr := range h.downs {
+		if tr.parent.host == parent {
 			return true
 		}
 	}
@@ -107,3 +117,5 @@ func near(a, b *host) int {
 	}
 	return 2
 }
+
+var chainH = 0.0

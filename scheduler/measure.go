@@ -26,7 +26,7 @@ const (
 // measure learns from the piece that tr is bringing.
 func (s *Scheduler) measure(tr *transfer, piece int) {
 	took, size := s.now-tr.since, tr.child.task.layout.Size(piece)
-	if tr.active && size >= pieces.MinPieceSize && took > 0 {
+	if !tr.ahead && size >= pieces.MinPieceSize && took > 0 {
 		seen := rate(took) / rate(size)
 		tr.child.host.recvRate.best(seen)
 		tr.parent.host.sendRate.best(seen)

@@ -44,10 +44,14 @@ const (
 	Cancel                 // Host is to give up the transfer; no report is expected
 )
 
-// Decision is for Host to follow.
+// Decision is for Host to follow. It begins what it is assigned at once and
+// side by side, whatever else it has under way, but a transfer that names
+// another in After begins when that one has ended in whatever way. What is not
+// told to a host within a moment should be reported as Failed.
 type Decision struct {
 	Kind         Kind
 	Transfer     TransferID
+	After        TransferID // 0 for none
 	Task         TaskID
 	Host, Parent HostID
 	First, Count int // the run of pieces
@@ -95,7 +99,9 @@ type Scheduler struct {
 	transfers []*transfer // by slot
 	free      []*transfer // the slots no transfer is in
 
-	work    []*host // whose lanes or needs have changed since the last settle
+	work    []*host      // whose lanes or needs have changed since the last settle
+	ahead   []TransferID // those whose lanes may be given away ahead
+	spare   []*host
 	resting []*host
 	typical rate // the median of what hosts receive at
 	sample  []candidate
@@ -116,6 +122,7 @@ func New(cfg Config, rnd *rand.Rand) *Scheduler {
 // Decisions returns what was decided since the last call, in the order to be
 // followed. The slice is valid until the next call on s.
 func (s *Scheduler) Decisions() []Decision {
+	s.match()
 	d := s.decisions
 	s.decisions = s.decisions[:0]
 	return d

@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"damselfly.dev/pieces"
@@ -19,6 +20,9 @@ type simNet struct {
 	events           simEvents
 	hosts            map[HostID]*simHost
 	latency          float64
+	batch            float64
+	pending          bool
+	sameParent       bool // a worker goes on with the parent it has just had, where it can
 	queueAtParent    bool // the other model: hosts ask at once, parents serve their lanes in order
 	layout           pieces.Layout
 	task             TaskID
@@ -94,9 +98,16 @@ func (n *simNet) time() time.Time {
 // tell runs an event of the scheduler and sends its decisions on their way.
 func (n *simNet) tell(f func(now time.Time)) {
 	f(n.time())
-	for _, d := range n.s.Decisions() {
-		n.after(n.latency, func() { n.follow(d) })
+	if n.pending {
+		return
 	}
+	n.pending = true
+	n.after(n.batch, func() {
+		n.pending = false
+		for _, d := range n.s.Decisions() {
+			n.after(n.latency, func() { n.follow(d) })
+		}
+	})
 }
 
 // report is tell after the way from a host to the scheduler.
@@ -124,19 +135,13 @@ func (n *simNet) follow(d Decision) {
 	n.startNext(f.to, f.from)
 }
 
+// startNext starts what waited for a transfer that ended or never was.
 func (n *simNet) startNext(to, from *simHost) {
-	if n.queueAtParent {
-		for i := 0; i < len(from.serving) && i < from.spec.Up; i++ {
-			if f := from.serving[i]; !f.running {
-				n.start(f)
-			}
-		}
-		return
-	}
-	for i := 0; i < len(to.queue) && i < to.spec.Down; i++ {
-		if f := to.queue[i]; !f.running {
+	for _, f := range to.queue {
+		if !f.running && !slices.ContainsFunc(to.queue, func(g *simFlow) bool { return g.d.Transfer == f.d.After }) {
 			n.start(f)
-			i = -1
+			n.startNext(to, from)
+			return
 		}
 	}
 }
@@ -258,21 +263,22 @@ func (n *simNet) arrived(f *simFlow) {
 
 // simSpec is a scenario.
 type simSpec struct {
-	hosts, pieces int
-	lanes         int
-	seedLanes     int
-	link          float64 // bytes/s
-	seedLink      float64 // of the supernode, 0 for link
-	origin        float64 // bytes/s, 0 for seedLink
-	warm          bool
-	latency       float64 // of a piece time
-	queueAtParent bool
-	scale         func(i int) float64 // of a host's link
-	start         func(i int) float64 // seconds
-	kill          map[int]float64
-	seed          uint64
-	cfg           *Config
-	wants         bool
+	hosts, pieces             int
+	lanes                     int
+	seedLanes                 int
+	link                      float64 // bytes/s
+	seedLink                  float64 // of the supernode, 0 for link
+	origin                    float64 // bytes/s, 0 for seedLink
+	warm                      bool
+	latency                   float64 // of a piece time
+	queueAtParent, sameParent bool
+	batch                     float64
+	scale                     func(i int) float64 // of a host's link
+	start                     func(i int) float64 // seconds
+	kill                      map[int]float64
+	seed                      uint64
+	cfg                       *Config
+	wants                     bool
 }
 
 type simResult struct {
@@ -286,6 +292,8 @@ func (r simResult) seedCopies() float64 {
 	return float64(r.net.sent[0]) / float64(r.net.layout.Count())
 }
 
+var probe func(n *simNet)
+
 func simulate(spec simSpec) simResult {
 	cfg := DefaultConfig()
 	if spec.cfg != nil {
@@ -297,7 +305,7 @@ func simulate(spec simSpec) simResult {
 		hosts:  map[HostID]*simHost{},
 		layout: pieces.Layout{Length: int64(spec.pieces) * pieces.MinPieceSize, PieceSize: pieces.MinPieceSize},
 		task:   1, sent: map[HostID]int{},
-		latency: spec.latency * size / spec.link, queueAtParent: spec.queueAtParent,
+		latency: spec.latency * size / spec.link, queueAtParent: spec.queueAtParent, sameParent: spec.sameParent, batch: spec.batch,
 	}
 	if spec.seedLink == 0 {
 		spec.seedLink = spec.link
@@ -326,6 +334,9 @@ func simulate(spec simSpec) simResult {
 				n.tell(func(now time.Time) { n.s.Have(now, 0, n.task, i, 1) })
 			})
 		}
+	}
+	if probe != nil {
+		probe(n)
 	}
 	r := simResult{net: n}
 	slowest, sum := math.Inf(1), spec.seedLink

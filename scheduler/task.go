@@ -43,7 +43,7 @@ type peer struct {
 
 	wantFirst, wantEnd int  // the run a reader waits for
 	offered            bool // stands in host.offers
-	wanted             bool // stands in host.wanting
+	listed             bool // stands in host.wanting
 }
 
 func newTask(id TaskID, l pieces.Layout) *task {

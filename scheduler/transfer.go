@@ -22,7 +22,8 @@ type transfer struct {
 	first, count  int
 	left          uint64        // pieces of the run that have not come, the first in the lowest bit
 	since         time.Duration // when it was told, became active or brought a piece, whatever was last
-	active        bool          // the child works on it; else it waits for one of the child's lanes
+	ahead         bool          // it waits for the lanes of the one before it
+	next          *transfer     // the one that waits for its lanes
 	late          bool          // it lags: it holds no upload lane, its pieces are no copies
 	reopened      bool          // it is late and its pieces may be had from a second parent
 }
@@ -45,14 +46,15 @@ func (s *Scheduler) find(id TransferID) *transfer {
 	return s.transfers[slot]
 }
 
-// assign makes child get the run from parent. The child needs all of it and
-// the parent has all of it.
-func (s *Scheduler) assign(child, parent *peer, first, count int) {
+// assign makes child get the run from parent, on lanes of their own or, after
+// the transfer before, on its lanes. The child needs all of it and the parent
+// has all of it.
+func (s *Scheduler) assign(child, parent *peer, first, count int, before *transfer) {
 	c, p, t := child.host, parent.host, child.task
 	tr := s.newTransfer()
 	*tr = transfer{
 		id: tr.id, child: child, parent: parent, first: first, count: count,
-		left: ^uint64(0) >> (maxRun - count), active: len(c.downs) < c.down, since: s.now,
+		left: ^uint64(0) >> (maxRun - count), since: s.now,
 	}
 	for i := first; i < first+count; i++ {
 		child.need.clear(i)
@@ -60,15 +62,21 @@ func (s *Scheduler) assign(child, parent *peer, first, count int) {
 	}
 	child.needs -= count
 	c.downs = append(c.downs, tr)
-	c.in++
 	p.ups = append(p.ups, tr)
+	if before != nil {
+		tr.ahead, before.next = true, tr
+		s.decide(Assign, tr, before.id)
+		return
+	}
+	c.in++
 	p.out++
-	s.decide(Assign, tr)
+	s.decide(Assign, tr, 0)
+	s.follow(tr)
 }
 
-func (s *Scheduler) decide(k Kind, tr *transfer) {
+func (s *Scheduler) decide(k Kind, tr *transfer, after TransferID) {
 	s.decisions = append(s.decisions, Decision{
-		Kind: k, Transfer: tr.id, Task: tr.child.task.id,
+		Kind: k, Transfer: tr.id, Task: tr.child.task.id, After: after,
 		Host: tr.child.host.id, Parent: tr.parent.host.id, First: tr.first, Count: tr.count,
 	})
 }
@@ -85,7 +93,8 @@ func (s *Scheduler) newTransfer() *transfer {
 }
 
 // end takes tr from both hosts and gives back what it has not brought: to the
-// child, which needs it again, and to the count of copies.
+// child, which needs it again, and to the count of copies. Its lanes go to the
+// transfer that waits for them, if any.
 func (s *Scheduler) end(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
 	for left := tr.left; left != 0; left &= left - 1 {
@@ -97,20 +106,29 @@ func (s *Scheduler) end(tr *transfer) {
 			tr.child.reopen(i)
 		}
 	}
-	i := slices.Index(c.downs, tr)
-	c.downs = slices.Delete(c.downs, i, i+1)
-	if !tr.reopened {
-		c.in--
-	}
-	if i < c.down && len(c.downs) >= c.down {
-		next := c.downs[c.down-1]
-		next.active, next.since = true, s.now
-	}
+	c.downs = without(c.downs, tr)
 	j, last := slices.Index(p.ups, tr), len(p.ups)-1
 	p.ups[j], p.ups[last] = p.ups[last], nil
 	p.ups = p.ups[:last]
-	if !tr.late {
-		p.out--
+	if tr.ahead {
+		for _, before := range c.downs {
+			if before.next == tr {
+				before.next = nil
+			}
+		}
+	} else {
+		if !tr.reopened {
+			c.in--
+		}
+		if !tr.late {
+			p.out--
+		}
+		if next := tr.next; next != nil {
+			next.ahead, next.since = false, s.now
+			c.in++
+			p.out++
+			s.follow(next)
+		}
 	}
 	*tr = transfer{id: tr.id + 1<<slotBits}
 	s.free = append(s.free, tr)
@@ -121,7 +139,7 @@ func (s *Scheduler) end(tr *transfer) {
 // cancel ends tr and tells the child.
 func (s *Scheduler) cancel(tr *transfer) {
 	if !tr.child.host.gone {
-		s.decide(Cancel, tr)
+		s.decide(Cancel, tr, 0)
 	}
 	s.end(tr)
 }
@@ -129,6 +147,9 @@ func (s *Scheduler) cancel(tr *transfer) {
 // yield takes the upload lane from tr, whose child is slow or dead: the parent
 // has better to do, and others may be sent what it was to bring.
 func (s *Scheduler) yield(tr *transfer) {
+	if tr.next != nil {
+		s.cancel(tr.next)
+	}
 	tr.late = true
 	for left := tr.left; left != 0; left &= left - 1 {
 		s.dropCopy(tr.child.task, tr.first+bits.TrailingZeros64(left))
@@ -149,7 +170,7 @@ func (s *Scheduler) second(tr *transfer) {
 			late++
 		}
 	}
-	if late >= child.host.down {
+	if late > child.host.down {
 		s.cancel(tr)
 		return
 	}

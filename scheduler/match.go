@@ -1,0 +1,164 @@
+package scheduler
+
+// match gives lanes to whoever has use for them, until nothing that changed is
+// left to look at: first the upload lanes, each to one of the hungry, then the
+// download lanes that are still free; and at last it looks ahead.
+func (s *Scheduler) match() {
+	for len(s.work) > 0 {
+		work := s.work
+		s.work, s.spare = s.spare[:0], work
+		for _, h := range work {
+			h.queued = false
+			s.open(h)
+		}
+		for _, h := range work {
+			s.lend(h)
+		}
+		for _, h := range work {
+			s.fill(h)
+		}
+	}
+	for _, id := range s.ahead {
+		if tr := s.find(id); tr != nil && !tr.ahead && !tr.late && tr.next == nil {
+			s.lookAhead(tr)
+		}
+	}
+	s.ahead = s.ahead[:0]
+}
+
+// queue has match look at h.
+func (s *Scheduler) queue(h *host) {
+	if !h.queued {
+		h.queued = true
+		s.work = append(s.work, h)
+	}
+}
+
+// offer has match look for somebody whom p can send something.
+func (s *Scheduler) offer(p *peer) {
+	if !p.offered && p.host.up > 0 {
+		p.offered = true
+		p.host.offers = append(p.host.offers, p)
+	}
+}
+
+// sends and receives tell whether a host has a lane free.
+func (s *Scheduler) sends(h *host) bool    { return h.sends(s.now, s.slow(h.sendRate)) }
+func (s *Scheduler) receives(h *host) bool { return h.receives(s.now, s.slow(h.recvRate)) }
+
+// open lets others find h in its tasks, as far as it has lanes free.
+func (s *Scheduler) open(h *host) {
+	if s.sends(h) && !h.seed {
+		for _, p := range h.offers {
+			p.task.room.add(p.slot)
+		}
+	}
+	if s.receives(h) {
+		for _, p := range h.wanting {
+			if p.needs > 0 {
+				p.task.hungry.add(p.slot)
+			}
+		}
+	}
+}
+
+// lend gives h's free upload lanes to the hungry, task by task. What is left of
+// them can be found through the room of its tasks, those of seeds by feed.
+func (s *Scheduler) lend(h *host) {
+	for tries := len(h.offers); tries > 0 && s.sends(h); tries-- {
+		p := h.offers[0]
+		copy(h.offers, h.offers[1:])
+		h.offers = h.offers[:len(h.offers)-1]
+		if s.lendTo(p) {
+			h.offers = append(h.offers, p)
+			tries = len(h.offers) + 1
+			continue
+		}
+		p.offered = false
+	}
+}
+
+// lendTo makes one of the hungry get something from p.
+func (s *Scheduler) lendTo(p *peer) bool {
+	child := s.childFor(p)
+	if child == nil {
+		return false
+	}
+	if !p.host.seed {
+		s.assignRun(child, p, s.pieceFor(child, p), nil)
+		return true
+	}
+	if i := s.freshFor(child, p); i >= 0 {
+		s.assignRun(child, p, i, nil)
+		return true
+	}
+	return s.feed(child)
+}
+
+// fill gives h's free download lanes to what it wants, task by task. A task
+// with nothing for them keeps h among its hungry.
+func (s *Scheduler) fill(h *host) {
+	for tries := len(h.wanting); tries > 0 && s.receives(h); tries-- {
+		h.turn++
+		if s.feed(h.wanting[h.turn%len(h.wanting)]) {
+			tries = len(h.wanting) + 1
+		}
+	}
+}
+
+// follow has match decide what tr's lanes are to do after it.
+func (s *Scheduler) follow(tr *transfer) { s.ahead = append(s.ahead, tr.id) }
+
+// lookAhead gives tr's two lanes their next assignment before tr ends. Lanes
+// that stay together end together, so neither ever waits for the other; what
+// waits ahead for two lanes that end at different times idles one of them. But
+// lanes that never part would spread nothing: when others wait for the parent,
+// they part now and then, and at once for one who has nothing at all.
+func (s *Scheduler) lookAhead(tr *transfer) {
+	c, p := tr.child.host, tr.parent.host
+	if s.slow(c.recvRate) || s.slow(p.sendRate) {
+		return
+	}
+	for range c.wanting {
+		c.turn++
+		child := c.wanting[c.turn%len(c.wanting)]
+		parent := tr.parent
+		if child.task != parent.task {
+			parent = p.peers[child.task.id]
+		}
+		if child.needs == 0 || parent == nil {
+			continue
+		}
+		if other := s.childFor(parent); other != nil && other.host != c && (other.host.in == 0 || s.rnd.IntN(partEvery) == 0) {
+			return
+		}
+		if p.seed {
+			if i := s.freshFor(child, parent); i >= 0 {
+				s.assignRun(child, parent, i, tr)
+				return
+			}
+		} else if firstBoth(child.need, parent.have, 0) >= 0 {
+			s.assignRun(child, parent, s.pieceFor(child, parent), tr)
+			return
+		}
+	}
+}
+
+// partEvery is one in how many times two lanes part for others who wait.
+const partEvery = 4
+
+// assignRun assigns piece i and as many after it as one transfer should bring.
+func (s *Scheduler) assignRun(child, parent *peer, i int, before *transfer) {
+	t, count := child.task, 1
+	fresh := t.copies[i] == 0
+	for limit := s.run(child); count < limit; count++ {
+		next := i + count
+		if next >= t.n || !child.need.has(next) || !parent.have.has(next) || (t.copies[next] == 0) != fresh {
+			break
+		}
+	}
+	if fresh {
+		t.fresh = i + count
+	}
+	s.assign(child, parent, i, count, before)
+}
