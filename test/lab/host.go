@@ -37,6 +37,14 @@ func (h *Host) Local() netip.Addr { return h.local }
 // Dir is the host's own directory on disk; Close removes it.
 func (h *Host) Dir() string { return h.dir }
 
+// Enter is what a person types before a command to run it on the host.
+func (h *Host) Enter() string {
+	if h.lab.cfg.Loopback {
+		return ""
+	}
+	return "ip netns exec " + h.namespace()
+}
+
 // Inside runs f on a thread inside the host's network: sockets that f itself
 // makes, and not goroutines it starts, are the host's.
 func (h *Host) Inside(f func() error) error {

@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -124,10 +125,20 @@ func (p *Process) Wait(ctx context.Context) error {
 		return fmt.Errorf("wait for %s: %w", p.name, context.Cause(ctx))
 	case <-p.done:
 		if p.err != nil {
-			return fmt.Errorf("%s: %w (its log: %s)", p.name, p.err, p.log)
+			return fmt.Errorf("%s: %w; it said: %s", p.name, p.err, p.lastWords())
 		}
 		return nil
 	}
+}
+
+// lastWords is the end of the process's log.
+func (p *Process) lastWords() []byte {
+	const most = 800
+	log, err := os.ReadFile(p.log)
+	if err != nil {
+		return nil
+	}
+	return bytes.TrimSpace(log[max(0, len(log)-most):])
 }
 
 // Kill kills the process and its group with SIGKILL and waits for its end.

@@ -1,0 +1,121 @@
+//go:build linux
+
+package region
+
+import (
+	"context"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+
+	"damselfly.dev/test/lab"
+)
+
+// A Supernode is a supernode on a host.
+type Supernode struct {
+	*server
+	bin       string
+	upstreams map[string]string
+}
+
+// StartSupernode starts the supernode in bin for the registries named by
+// upstreams. Started again on the same host it finds what the one before left.
+func StartSupernode(ctx context.Context, h *lab.Host, bin string, upstreams map[string]string) (*Supernode, error) {
+	args := []string{
+		"--listen", netip.AddrPortFrom(h.IP(), apiPort).String(),
+		"--advertise", h.IP().String(),
+		"--data-dir", filepath.Join(h.Dir(), "supernode"),
+	}
+	cmd := exec.Command(filepath.Join(bin, "supernode"), append(args, registries(upstreams)...)...) //nolint:gosec // G204: built by Build
+	s, err := serve(ctx, h, "supernode", cmd, url(h.IP(), apiPort, "/healthz"), url(h.IP(), apiPort, "/metrics"))
+	if err != nil {
+		return nil, err
+	}
+	return &Supernode{server: s, bin: bin, upstreams: upstreams}, nil
+}
+
+// URL is where the supernode answers.
+func (s *Supernode) URL() string { return url(s.Host.IP(), apiPort, "") }
+
+// Restart starts the supernode again after its process has ended.
+func (s *Supernode) Restart(ctx context.Context) error {
+	next, err := StartSupernode(ctx, s.Host, s.bin, s.upstreams)
+	if err == nil {
+		*s = *next
+	}
+	return err
+}
+
+// Origin is the supernode's own count: the bytes it had from registries, and
+// how many of them were different ones.
+func (s *Supernode) Origin(ctx context.Context) (total, unique int64, err error) {
+	if total, err = s.value(ctx, "damselfly_origin_bytes_total"); err != nil {
+		return 0, 0, err
+	}
+	unique, err = s.value(ctx, "damselfly_unique_bytes_total")
+	return total, unique, err
+}
+
+// A Daemon is a dfdaemon on a host.
+type Daemon struct {
+	*server
+	bin       string
+	supernode string
+	upstreams map[string]string
+}
+
+// StartDaemon starts the dfdaemon in bin; supernode is a URL. Started again on
+// the same host it finds what the one before left.
+func StartDaemon(ctx context.Context, h *lab.Host, bin, supernode string, upstreams map[string]string) (*Daemon, error) {
+	args := []string{
+		"--supernode", supernode,
+		"--advertise", h.IP().String(),
+		"--data-dir", filepath.Join(h.Dir(), "dfdaemon"),
+		"--mirror-listen", netip.AddrPortFrom(h.Local(), mirrorPort).String(),
+		"--peer-listen", netip.AddrPortFrom(h.IP(), peerPort).String(),
+		"--metrics-listen", netip.AddrPortFrom(h.Local(), metricsPort).String(),
+		"--socket", filepath.Join(h.Dir(), "dfdaemon.sock"),
+	}
+	cmd := exec.Command(filepath.Join(bin, "dfdaemon"), append(args, registries(upstreams)...)...) //nolint:gosec // G204: built by Build
+	s, err := serve(ctx, h, "dfdaemon", cmd, url(h.Local(), metricsPort, "/healthz"), url(h.Local(), metricsPort, "/metrics"))
+	if err != nil {
+		return nil, err
+	}
+	return &Daemon{server: s, bin: bin, supernode: supernode, upstreams: upstreams}, nil
+}
+
+// Restart starts the daemon again after its process has ended.
+func (d *Daemon) Restart(ctx context.Context) error {
+	next, err := StartDaemon(ctx, d.Host, d.bin, d.supernode, d.upstreams)
+	if err == nil {
+		*d = *next
+	}
+	return err
+}
+
+// Dead says whether the daemon's process has ended.
+func (d *Daemon) Dead() bool {
+	select {
+	case <-d.Process.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// Mirror is where engines on the host find the daemon.
+func (d *Daemon) Mirror() string { return url(d.Host.Local(), mirrorPort, "") }
+
+// Received is the daemon's own count of bytes by where they came from: peer,
+// supernode, origin, and store for what was served without a transfer.
+func (d *Daemon) Received(ctx context.Context) (map[string]int64, error) {
+	return d.values(ctx, "damselfly_received_bytes_total", "source")
+}
+
+func registries(upstreams map[string]string) []string {
+	var args []string
+	for name, at := range upstreams {
+		args = append(args, "--registry", name+"="+at)
+	}
+	return args
+}
