@@ -1,0 +1,77 @@
+// Package supernode is a region's centre: it fetches each content from its
+// origin once, tells the hosts who gets which piece from whom, and is a
+// pull-through mirror of registries.
+package supernode
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"damselfly.dev/registryproxy"
+)
+
+// Config is what a supernode may be told.
+type Config struct {
+	// Listen is the address of the one listener, host:port.
+	Listen string
+	// Advertise is the name or address under which hosts reach it, for people
+	// who look at the region's hosts; "" is that of Listen.
+	Advertise string
+	// DataDir is the directory for all that outlives a restart.
+	DataDir string
+	// Quota is the most bytes of content kept, 0 for no bound. A blob that does
+	// not fit goes to its hosts straight from the registry.
+	Quota int64
+	// Zone and Rack say where it stands; hosts near by are preferred.
+	Zone, Rack string
+	// UpLanes is how many transfers share its upload bandwidth. More serve more
+	// hosts at a time, each more slowly; few spread fresh pieces sooner.
+	UpLanes int
+	// MaxHosts bounds the sessions, and with them memory.
+	MaxHosts int
+	// Registries says how registries are reached.
+	Registries registryproxy.Config
+	// TagFreshness is how long the registry is not asked again what a tag or a
+	// URL stands for. Raising it saves requests and shows changes later.
+	TagFreshness time.Duration
+	// StaleFor is how long after its last check a tag is still answered for
+	// while its registry cannot be reached.
+	StaleFor time.Duration
+}
+
+// Default returns the configuration of a supernode that is told nothing.
+func Default() Config {
+	return Config{
+		Listen:       "0.0.0.0:8002",
+		DataDir:      "/var/lib/damselfly/supernode",
+		UpLanes:      4,
+		MaxHosts:     20000,
+		TagFreshness: 5 * time.Second,
+		StaleFor:     24 * time.Hour,
+	}
+}
+
+// maxLanes bounds the lanes of a host each way.
+const maxLanes = 1024
+
+// Validate tells what is wrong with c.
+func (c Config) Validate() error {
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+		return fmt.Errorf("listen address %q: want host:port", c.Listen)
+	}
+	switch {
+	case c.DataDir == "":
+		return errors.New("no data directory is given")
+	case c.Quota < 0:
+		return fmt.Errorf("quota %d is negative", c.Quota)
+	case c.UpLanes < 1 || c.UpLanes > maxLanes:
+		return fmt.Errorf("%d upload lanes: want 1 to %d", c.UpLanes, maxLanes)
+	case c.MaxHosts < 1:
+		return fmt.Errorf("at most %d hosts: want 1 or more", c.MaxHosts)
+	case c.TagFreshness < 0 || c.StaleFor < 0:
+		return errors.New("tag freshness and stale time cannot be negative")
+	}
+	return c.Registries.Validate()
+}

@@ -1,0 +1,155 @@
+package supernode
+
+import (
+	"crypto/ed25519"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"go.uber.org/zap"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	busyRetry = 100 * time.Millisecond
+	// stepSize is how much a reader must take within stepTime.
+	stepSize = 4 << 20
+	stepTime = 2 * time.Minute
+)
+
+// serveContent gives holders of a ticket what is present of a task.
+func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task string) {
+	id, err := pieces.ParseTaskID(task)
+	if err != nil {
+		writeError(w, http.StatusBadRequest, api.CodeBadRequest, err.Error())
+		return
+	}
+	if _, err := api.VerifyTicket(n.key.Public().(ed25519.PublicKey), r.Header.Get(api.TicketHeader), id, time.Now()); err != nil {
+		writeError(w, http.StatusUnauthorized, api.CodeUnauthorized, err.Error())
+		return
+	}
+	select {
+	case n.uploads <- struct{}{}:
+		defer func() { <-n.uploads }()
+	default:
+		w.Header().Set(api.RetryHeader, strconv.FormatInt(busyRetry.Milliseconds(), 10))
+		writeError(w, http.StatusServiceUnavailable, api.CodeBusy, "all upload lanes are in use")
+		return
+	}
+	f := n.origin.find(id)
+	c, err := n.store.Get(id)
+	if err != nil {
+		writeError(w, http.StatusNotFound, api.CodeNotFound, "there is no such task here")
+		return
+	}
+	defer c.Release()
+	l := &lease{Content: c, fetch: f}
+	span, partial, err := registryproxy.ParseRange(r.Header.Get("Range"), c.Layout().Length)
+	if err != nil {
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", c.Layout().Length))
+		writeError(w, http.StatusRequestedRangeNotSatisfiable, api.CodeRange, err.Error())
+		return
+	}
+	if i := l.lacks(span); i >= 0 {
+		n.region.lost(id, i)
+		writeError(w, http.StatusNotFound, api.CodeNotFound, fmt.Sprintf("piece %d is not here", i))
+		return
+	}
+	writeSpan(w, span, partial, c.Layout().Length)
+	if r.Method == http.MethodHead {
+		return
+	}
+	out := newSteady(w)
+	defer out.done()
+	sent, err := c.CopyRange(out, span.Offset, span.Length)
+	n.metrics.sentBytes.Add(float64(sent))
+	if err != nil {
+		n.log.Debug("content not sent to its end", zap.String("task", task), zap.Error(err))
+	}
+}
+
+// lacks returns a piece of the range that may not be given away, -1 for none.
+func (l *lease) lacks(span registryproxy.ByteRange) int {
+	layout := l.Layout()
+	first, end := layout.Span(span.Offset, span.Length)
+	for i := first; i < end; i++ {
+		held := i == layout.Count()-1 && !l.Complete() && (l.fetch == nil || !l.whole())
+		if held || !l.Has(i) {
+			return i
+		}
+	}
+	return -1
+}
+
+// writeSpan writes the header of an answer with a range of a content.
+func writeSpan(w http.ResponseWriter, span registryproxy.ByteRange, partial bool, size int64) {
+	h := w.Header()
+	if h.Get("Content-Type") == "" {
+		h.Set("Content-Type", "application/octet-stream")
+	}
+	h.Set("Accept-Ranges", "bytes")
+	h.Set("Content-Length", strconv.FormatInt(span.Length, 10))
+	status := http.StatusOK
+	if partial {
+		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", span.Offset, span.Offset+span.Length-1, size))
+		status = http.StatusPartialContent
+	}
+	w.WriteHeader(status)
+}
+
+// steady is a writer whose reader must keep taking bytes. It passes files on to
+// net/http in steps, so that they are sent with sendfile.
+type steady struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+}
+
+func newSteady(w http.ResponseWriter) *steady { return &steady{w, http.NewResponseController(w)} }
+
+func (s *steady) Write(p []byte) (int, error) {
+	s.extend()
+	return s.w.Write(p)
+}
+
+// ReadFrom sends what r has.
+func (s *steady) ReadFrom(r io.Reader) (int64, error) {
+	file, ok := r.(*io.LimitedReader)
+	if !ok {
+		return io.Copy(struct{ io.Writer }{s}, r)
+	}
+	var w io.Writer = s.w
+	if g, ok := s.w.(gin.ResponseWriter); ok {
+		g.WriteHeaderNow()
+		if u, ok := g.(interface{ Unwrap() http.ResponseWriter }); ok {
+			w = u.Unwrap() // gin's own writer knows no sendfile
+		}
+	}
+	var sent int64
+	for file.N > 0 {
+		s.extend()
+		step := &io.LimitedReader{R: file.R, N: min(file.N, stepSize)}
+		n, err := io.Copy(w, step)
+		sent += n
+		file.N -= n
+		if err != nil {
+			return sent, err
+		}
+		if n == 0 {
+			return sent, nil
+		}
+	}
+	return sent, nil
+}
+
+// extend sets the time by which the next step must be taken. What cannot keep
+// time, as in tests, has none.
+func (s *steady) extend() { _ = s.control.SetWriteDeadline(time.Now().Add(stepTime)) }
+
+// done lets the connection have its time for the next request.
+func (s *steady) done() { _ = s.control.SetWriteDeadline(time.Time{}) }

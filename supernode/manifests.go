@@ -1,0 +1,216 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
+)
+
+// tagTimeout bounds asking a registry what a tag stands for, when there is a
+// last known answer.
+const tagTimeout = 3 * time.Second
+
+// tag is what a tag stands for.
+type tag struct {
+	digest string
+	age    time.Duration           // since the registry said so; 0 unless it cannot be reached
+	got    *registryproxy.Manifest // where the registry gave it with the answer, else nil
+}
+
+var errNotKept = errors.New("the manifest last known is no longer kept")
+
+// serveManifest gives a manifest from the cache, bringing it there before.
+//
+// A tag has one answer for all, the registry's to a client that takes every
+// type. A client that takes others gets an answer of its own, past the cache.
+func (n *Supernode) serveManifest(w http.ResponseWriter, r *http.Request, route registryproxy.Route, who registryproxy.Caller) {
+	ctx, cancel := context.WithTimeoutCause(r.Context(), firstByte, errStalled)
+	defer cancel()
+	t := tag{digest: route.Reference}
+	if digest.Digest(route.Reference).Validate() != nil {
+		var err error
+		if t, err = n.resolve(ctx, r.Method == http.MethodHead, n.source(route, who)); err != nil {
+			n.fail(w, err)
+			return
+		}
+	}
+	id, err := pieces.ParseTaskID(t.digest)
+	if err != nil { // an algorithm that is not ours
+		n.direct(w, r, route, who)
+		return
+	}
+	l, err := n.bringManifest(ctx, id, t, n.source(route, who))
+	if err != nil {
+		n.notCached(w, r, route, who, err)
+		return
+	}
+	defer l.Release()
+	if err := l.wait(ctx); err != nil {
+		n.notCached(w, r, route, who, err)
+		return
+	}
+	mediaType := l.Meta().MediaType
+	if mediaType == "" || !accepts(r.Header.Values("Accept"), mediaType) {
+		n.direct(w, r, route, who)
+		return
+	}
+	if t.age > 0 {
+		w.Header().Set(api.StaleHeader, strconv.Itoa(int(t.age.Seconds())))
+	}
+	n.writeManifest(w, r, l, mediaType)
+}
+
+// bringManifest returns the manifest that a tag stands for.
+func (n *Supernode) bringManifest(ctx context.Context, id pieces.TaskID, t tag, src *registrySource) (*lease, error) {
+	if t.age > 0 { // the caller may read it, and the registry cannot be asked again
+		if c := n.origin.cached(id); c != nil {
+			return &lease{Content: c}, nil
+		}
+		return nil, passing{errNotKept}
+	}
+	src.digest, src.got = t.digest, t.got
+	return n.origin.bring(ctx, id, src)
+}
+
+func (n *Supernode) writeManifest(w http.ResponseWriter, r *http.Request, l *lease, mediaType string) {
+	blobHeader(w, string(l.ID()))
+	w.Header().Set("Content-Type", mediaType)
+	size := l.Layout().Length
+	writeSpan(w, registryproxy.ByteRange{Length: size}, false, size)
+	if r.Method == http.MethodHead {
+		return
+	}
+	sent, err := l.CopyRange(w, 0, size)
+	n.metrics.sentBytes.Add(float64(sent))
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// directManifest answers as the registry does to this caller's own request; also
+// for the HEAD of any blob.
+func (n *Supernode) directManifest(w http.ResponseWriter, r *http.Request, route registryproxy.Route, who registryproxy.Caller) {
+	if route.Kind == registryproxy.KindBlob {
+		n.forward(w, r, route, who)
+		return
+	}
+	m, err := n.manifest(r.Context(), route.Repo, route.Reference, r.Header.Values("Accept"), who)
+	if err != nil {
+		n.fail(w, err)
+		return
+	}
+	blobHeader(w, m.Digest.String())
+	w.Header().Set("Content-Type", m.MediaType)
+	writeSpan(w, registryproxy.ByteRange{Length: m.Size}, false, m.Size)
+	if r.Method != http.MethodHead {
+		_, _ = w.Write(m.Body) // whoever went away needs no answer
+	}
+}
+
+// accepts tells whether a client takes a media type.
+func accepts(accept []string, mediaType string) bool {
+	if len(accept) == 0 {
+		return true
+	}
+	for _, line := range accept {
+		for item := range strings.SplitSeq(line, ",") {
+			t, _, err := mime.ParseMediaType(item)
+			if err == nil && (t == mediaType || t == "*/*" || t == "application/*") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// resolve returns what the tag src.digest stands for, to a caller that the
+// registry lets read it.
+func (n *Supernode) resolve(ctx context.Context, head bool, src *registrySource) (tag, error) {
+	name := src.repo.String() + ":" + src.digest
+	last, known := n.tags.get(name)
+	age := time.Since(last.Checked)
+	known = known && age < n.cfg.StaleFor
+	if known && age < n.cfg.TagFreshness {
+		if _, err := src.check(ctx, src.digest, n.wasPublic(last.Digest, src)); err != nil {
+			return tag{}, err
+		}
+		src.proved(last.Digest)
+		return tag{digest: last.Digest}, nil
+	}
+	if known {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, tagTimeout)
+		defer cancel()
+	}
+	key := src.key()
+	done := n.resolver.DoChan(fmt.Sprintf("%x %t", key[:], head), func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), firstByte)
+		defer cancel()
+		return n.lookup(ctx, head, name, src)
+	})
+	var t tag
+	var err error
+	select {
+	case r := <-done:
+		t, _ = r.Val.(tag)
+		err = r.Err
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err == nil || isNo(err) || !known {
+		return t, err
+	}
+	if _, denied := src.check(ctx, src.digest, n.wasPublic(last.Digest, src)); denied != nil {
+		return tag{}, err
+	}
+	n.metrics.staleTags.Inc()
+	n.log.Warn("tag served as last known", zap.String("tag", name), zap.Duration("age", age), zap.Error(err))
+	return tag{digest: last.Digest, age: max(age, time.Second)}, nil
+}
+
+// wasPublic tells whether anyone could read a cached manifest in the source's
+// repository.
+func (n *Supernode) wasPublic(d string, src *registrySource) bool {
+	c, err := n.store.Get(pieces.TaskID(d))
+	if err != nil {
+		return false
+	}
+	defer c.Release()
+	return src.isPublic(c)
+}
+
+// lookup asks the registry with the caller's credentials, by a HEAD. Where that
+// does not say it all, or says no and the caller is to read why, by a GET.
+func (n *Supernode) lookup(ctx context.Context, head bool, name string, src *registrySource) (tag, error) {
+	m, err := n.client.Manifest(ctx, true, src.repo, src.digest, nil, src.who)
+	refusal, no := errors.AsType[*registryproxy.Refusal](err)
+	if no && (!head || !refusal.Final()) || err == nil && m.Digest == "" {
+		m, err = n.manifest(ctx, src.repo, src.digest, nil, src.who)
+	}
+	if err != nil {
+		return tag{}, err
+	}
+	src.proved(src.digest)
+	src.proved(m.Digest.String())
+	v := note{Name: name, Digest: m.Digest.String(), Checked: time.Now()}
+	if err := n.tags.put(v); err != nil {
+		n.log.Warn("tag is not kept", zap.String("tag", name), zap.Error(err))
+	}
+	t := tag{digest: v.Digest}
+	if m.Body != nil {
+		t.got = m
+	}
+	return t, nil
+}

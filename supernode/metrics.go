@@ -1,0 +1,74 @@
+package supernode
+
+import (
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"damselfly.dev/pieces"
+)
+
+// The results of a transfer.
+const (
+	resultOK        = "ok"
+	resultBusy      = "busy"
+	resultGone      = "gone"
+	resultCorrupt   = "corrupt"
+	resultLocal     = "local"
+	resultCancelled = "cancelled"
+)
+
+type metrics struct {
+	originBytes    prometheus.Counter
+	uniqueBytes    prometheus.Counter
+	sentBytes      prometheus.Counter
+	fetches        prometheus.Gauge
+	hosts, tasks   prometheus.Gauge
+	transfers      *prometheus.CounterVec
+	verifyFailures prometheus.Counter
+	staleTags      prometheus.Counter
+}
+
+func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error) {
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+	}
+	gauge := func(name, help string) prometheus.Gauge {
+		return prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
+	}
+	m := &metrics{
+		originBytes:    counter("damselfly_origin_bytes_total", "Bytes of manifests and blobs read from origins."),
+		uniqueBytes:    counter("damselfly_unique_bytes_total", "Bytes of contents that were brought from an origin, each content once."),
+		sentBytes:      counter("damselfly_sent_bytes_total", "Bytes of content sent to hosts and clients."),
+		fetches:        gauge("damselfly_origin_fetches_in_flight", "Fetches from origins under way."),
+		hosts:          gauge("damselfly_hosts", "Hosts with a session."),
+		tasks:          gauge("damselfly_tasks", "Tasks being distributed."),
+		verifyFailures: counter("damselfly_verify_failures_total", "Pieces and contents whose bytes were found wrong."),
+		staleTags:      counter("damselfly_stale_answers_total", "Manifests served as last known, with the registry out of reach."),
+		transfers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "damselfly_transfers_total",
+			Help: "Transfers assigned that have ended, by how.",
+		}, []string{"result"}),
+	}
+	for _, r := range []string{resultOK, resultBusy, resultGone, resultCorrupt, resultLocal, resultCancelled} {
+		m.transfers.WithLabelValues(r)
+	}
+	usage := func(name, help string, value func(pieces.Usage) int64) prometheus.Collector {
+		read := func() float64 { return float64(value(store.Usage())) }
+		if name == "damselfly_cache_evictions_total" {
+			return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, read)
+		}
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, read)
+	}
+	for _, c := range []prometheus.Collector{
+		m.originBytes, m.uniqueBytes, m.sentBytes, m.fetches, m.hosts, m.tasks, m.transfers, m.verifyFailures, m.staleTags,
+		usage("damselfly_cache_bytes", "Bytes reserved by the contents kept.", func(u pieces.Usage) int64 { return u.Reserved }),
+		usage("damselfly_cache_limit_bytes", "Most bytes of content kept, 0 for no bound.", func(u pieces.Usage) int64 { return u.Quota }),
+		usage("damselfly_cache_evictions_total", "Contents evicted to make room.", func(u pieces.Usage) int64 { return int64(u.Evicted) }),
+	} {
+		if err := reg.Register(c); err != nil {
+			return nil, fmt.Errorf("register the metrics of the supernode: %w", err)
+		}
+	}
+	return m, nil
+}

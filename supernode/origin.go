@@ -1,0 +1,600 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
+
+	"damselfly.dev/pieces"
+)
+
+const (
+	// maxFetches bounds the fetches that run at one moment, and with them memory:
+	// each holds one piece.
+	maxFetches = 64
+	// maxSpares bounds whose credentials a fetch may go on with.
+	maxSpares = 8
+	spoolDir  = "spool"
+	always    = -1 // for drop
+)
+
+// follower is told what becomes of the contents that origin brings.
+type follower interface {
+	// published says that piece i has a digest that may be given to anyone.
+	published(id pieces.TaskID, i int, d pieces.Digest)
+	// dropped says that what there is of a content is not to be used any more.
+	dropped(id pieces.TaskID, reason string)
+}
+
+// origin brings contents from where they come from into the store, each once
+// however many ask.
+type origin struct {
+	ctx     context.Context // of all fetches
+	store   *pieces.Store
+	root    *os.Root
+	quota   int64
+	told    follower
+	metrics *metrics
+	log     *zap.Logger
+	slots   chan struct{}
+	wg      sync.WaitGroup // of the fetches
+
+	// drops counts the contents that have been dropped, before they are: who got
+	// a content and then finds another count may hold one that is dropped.
+	drops    atomic.Int64
+	dropping sync.Mutex // held while a content is dropped
+
+	mu        sync.Mutex // guards what follows
+	running   map[pieces.TaskID]*fetch
+	inherited map[pieces.TaskID]int64 // bytes of it that were there at the start
+	counted   map[pieces.TaskID]struct{}
+}
+
+// fetch is one content on its way from its origin.
+type fetch struct {
+	id      pieces.TaskID
+	key     proof         // of who asked first
+	ready   chan struct{} // closed when the content is in the store, or broken has ended
+	whole   chan struct{} // closed when all of the content is there and right
+	done    chan struct{} // closed when origin has forgotten the fetch
+	broken  context.Context
+	fail    context.CancelCauseFunc // ends broken
+	fetched atomic.Int64            // how far it has come, in bytes
+
+	mu     sync.Mutex // guards spares
+	spares []source   // others who may read it
+}
+
+// lease is a content in use by one who may read it.
+type lease struct {
+	*pieces.Content        // pinned, to be released by the holder
+	fetch           *fetch // that fills it; nil when it is whole
+	public          bool   // anyone may read it
+	drops           int64  // origin.drops, when it was got
+}
+
+// whole tells whether the last piece may be given away.
+func (l *lease) whole() bool {
+	if l.fetch == nil {
+		return true
+	}
+	select {
+	case <-l.fetch.whole:
+		return true
+	default:
+		return false
+	}
+}
+
+// wait waits until the content is whole, at most until ctx ends.
+func (l *lease) wait(ctx context.Context) error {
+	if l.whole() {
+		return nil
+	}
+	select {
+	case <-l.fetch.whole:
+		return nil
+	case <-l.fetch.broken.Done():
+		return l.fetch.err()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// verify looks at what the store has of the content, so that no look at a piece
+// of it takes long from then on.
+func (l *lease) verify() {
+	have := l.Have()
+	for i := range have.All() {
+		l.Has(i)
+	}
+}
+
+// bring returns a content for the caller of src, which may be still on its way:
+// a fetch is begun when there is neither a whole content nor a fetch.
+func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*lease, error) {
+	for {
+		l := &lease{drops: o.drops.Load()}
+		l.fetch = o.find(id)
+		if l.fetch == nil {
+			if l.Content = o.cached(id); l.Content != nil {
+				err := l.admit(ctx, src)
+				if !errors.Is(err, errChanged) {
+					return l.or(err)
+				}
+				l.Release()
+				if !o.drop(id, err.Error(), l.drops) {
+					continue
+				}
+			}
+			l.fetch = o.begin(id, src)
+		}
+		if l.fetch == nil {
+			return nil, errStopping
+		}
+		select {
+		case <-l.fetch.ready:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		mine := l.fetch.key == src.key()
+		if err := l.fetch.err(); err != nil {
+			if _, no := refused(err); no && !mine {
+				<-l.fetch.done
+				continue // that was the answer to somebody else
+			}
+			return nil, err
+		}
+		var err error
+		if l.Content, err = o.store.Get(id); err != nil {
+			return nil, err
+		}
+		if mine {
+			l.public = slices.Contains(l.Meta().Public, src.name())
+			return l, nil
+		}
+		if err := l.admit(ctx, src); err != nil {
+			return l.or(err)
+		}
+		l.fetch.spare(src)
+		return l, nil
+	}
+}
+
+// admit finds out whether the caller of src may read the content.
+func (l *lease) admit(ctx context.Context, src source) (err error) {
+	if l.public, err = src.allowed(ctx, l.Content); err == nil && l.public {
+		_ = l.AddPublic(src.name()) // missed only when the origin is away
+	}
+	return err
+}
+
+// or is l, or the error and no l.
+func (l *lease) or(err error) (*lease, error) {
+	if err != nil {
+		l.Release()
+		return nil, err
+	}
+	return l, nil
+}
+
+// find returns the fetch of a task that is under way, or nil.
+func (o *origin) find(id pieces.TaskID) *fetch {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.running[id]
+}
+
+// cached returns a content that is whole, pinned, or nil.
+func (o *origin) cached(id pieces.TaskID) *pieces.Content {
+	c, err := o.store.Get(id)
+	if err != nil {
+		return nil
+	}
+	for i := 0; c.Complete(); i++ {
+		if i == c.Layout().Count() {
+			return c
+		}
+		c.Has(i) // one that has rotted makes c incomplete
+	}
+	c.Release()
+	return nil
+}
+
+// begin returns a new fetch, or one that somebody else has just begun; nil when
+// there are to be no more.
+func (o *origin) begin(id pieces.TaskID, src source) *fetch {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if f := o.running[id]; f != nil || o.ctx.Err() != nil {
+		return f
+	}
+	f := &fetch{id: id, key: src.key(), ready: make(chan struct{}), whole: make(chan struct{}), done: make(chan struct{})}
+	f.broken, f.fail = context.WithCancelCause(context.Background())
+	o.running[id] = f
+	o.wg.Go(func() { o.run(f, src) })
+	return f
+}
+
+// err returns why the fetch has failed, nil as long as it has not.
+func (f *fetch) err() error { return context.Cause(f.broken) }
+
+// spare notes one more source that f may go on with.
+func (f *fetch) spare(src source) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.spares) < maxSpares {
+		f.spares = append(f.spares, src)
+	}
+}
+
+// other returns a spare source, or nil.
+func (f *fetch) other() source {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.spares) == 0 {
+		return nil
+	}
+	src := f.spares[0]
+	f.spares = f.spares[1:]
+	return src
+}
+
+func (o *origin) run(f *fetch, src source) {
+	err := o.fetch(f, src)
+	if err != nil {
+		f.fail(err)
+		if _, no := refused(err); !no && o.ctx.Err() == nil {
+			o.log.Warn("fetch from the origin failed", zap.String("task", string(f.id)), zap.Error(err))
+		}
+		if errors.Is(err, errWrong) || errors.Is(err, errChanged) {
+			o.drop(f.id, err.Error(), always)
+		}
+	}
+	o.mu.Lock()
+	delete(o.running, f.id)
+	o.mu.Unlock()
+	close(f.done)
+	select {
+	case <-f.ready:
+	default:
+		close(f.ready)
+	}
+}
+
+// drop takes a content out of use, unless something has been dropped since drops
+// was seen: then it may be another content by now, and drop returns false.
+func (o *origin) drop(id pieces.TaskID, reason string, seen int64) bool {
+	o.dropping.Lock()
+	defer o.dropping.Unlock()
+	if seen != always && o.drops.Load() != seen {
+		return false
+	}
+	o.drops.Add(1)
+	if err := o.store.Remove(id); err != nil && !errors.Is(err, pieces.ErrNotFound) {
+		o.log.Error("content cannot be removed", zap.String("task", string(id)), zap.Error(err))
+	}
+	o.told.dropped(id, reason)
+	return true
+}
+
+// fetch brings what the store lacks of a content, and verifies it as a whole.
+func (o *origin) fetch(f *fetch, src source) error {
+	select {
+	case o.slots <- struct{}{}:
+		defer func() { <-o.slots }()
+	case <-o.ctx.Done():
+		return context.Cause(o.ctx)
+	}
+	o.metrics.fetches.Inc()
+	defer o.metrics.fetches.Dec()
+
+	in := &stream{origin: o, fetch: f, src: src, length: -1, tries: triesBefore}
+	defer in.close()
+	c, err := o.prepare(f, in)
+	if err != nil {
+		return err
+	}
+	defer c.Release()
+	in.tries = triesAmid
+	close(f.ready)
+	if err := o.fill(f, c, in); err != nil {
+		return err
+	}
+	close(f.whole)
+	o.count(f.id, c.Layout().Length)
+	if last := c.Layout().Count() - 1; last >= 0 {
+		o.told.published(f.id, last, c.Digest(last))
+	}
+	if err := c.SetComplete(); err != nil {
+		o.log.Error("content is not kept", zap.String("task", string(f.id)), zap.Error(err))
+	}
+	return nil
+}
+
+// prepare opens the origin and returns the content that is to be filled: that
+// which an earlier fetch has left, or a new one.
+func (o *origin) prepare(f *fetch, in *stream) (*pieces.Content, error) {
+	if c, err := o.store.Get(f.id); err == nil {
+		err := o.resume(c, in)
+		if err == nil {
+			return c, nil
+		}
+		c.Release()
+		if !errors.Is(err, errChanged) {
+			return nil, err
+		}
+		o.drop(f.id, err.Error(), always)
+		in.restart()
+	}
+	b, err := in.open()
+	if err != nil {
+		return nil, err
+	}
+	first := *b
+	if in.length < 0 {
+		if err := in.spool(); err != nil {
+			return nil, err
+		}
+	}
+	if in.length > pieces.MaxLength {
+		return nil, fmt.Errorf("content of %d bytes is too long", in.length)
+	}
+	m := pieces.Meta{ID: f.id, Layout: pieces.NewLayout(in.length), MediaType: first.mediaType}
+	if in.src.opened(&first) {
+		m.Public = []string{in.src.name()}
+	}
+	return o.store.Create(m)
+}
+
+// resume opens the origin where c has its first gap.
+func (o *origin) resume(c *pieces.Content, in *stream) error {
+	l := c.Layout()
+	gap := 0
+	for gap < l.Count() && c.Has(gap) {
+		gap++
+	}
+	if gap == l.Count() { // all but the proof is there
+		in.off, in.length = l.Length, l.Length
+		public, err := in.src.allowed(o.ctx, c)
+		if err == nil && public {
+			_ = c.AddPublic(in.src.name()) // missed only when the origin is away
+		}
+		return err
+	}
+	in.off = l.Offset(gap)
+	b, err := in.open()
+	if err != nil {
+		return err
+	}
+	if in.length >= 0 && in.length != l.Length || !in.src.continues(b) {
+		return errChanged
+	}
+	in.length = l.Length
+	if in.src.opened(b) {
+		_ = c.AddPublic(in.src.name()) // missed only when the origin is away
+	}
+	return nil
+}
+
+// fill brings the pieces that c lacks and compares the whole with the task's id.
+// Every piece but the last is published as it comes.
+func (o *origin) fill(f *fetch, c *pieces.Content, in *stream) error {
+	l := c.Layout()
+	var sum hash.Hash
+	if d := f.id.Content(); d != "" {
+		sum = d.Algorithm().Hash()
+	}
+	for i := range l.Count() {
+		var err error
+		var d pieces.Digest
+		if c.Has(i) {
+			if d = c.Digest(i); sum != nil {
+				_, err = c.CopyRange(sum, l.Offset(i), l.Size(i))
+			}
+		} else {
+			d, err = o.take(c, i, in, sum)
+		}
+		if err != nil {
+			return err
+		}
+		f.fetched.Store(l.Offset(i + 1))
+		if i < l.Count()-1 {
+			o.told.published(f.id, i, d)
+		}
+	}
+	if sum != nil && digest.NewDigest(f.id.Content().Algorithm(), sum) != f.id.Content() {
+		o.metrics.verifyFailures.Inc()
+		return errWrong
+	}
+	return nil
+}
+
+// take brings piece i.
+func (o *origin) take(c *pieces.Content, i int, in *stream, sum hash.Hash) (pieces.Digest, error) {
+	in.seek(c.Layout().Offset(i))
+	var r io.Reader = in
+	if sum != nil {
+		r = io.TeeReader(in, sum)
+	}
+	return c.Make(i, r)
+}
+
+// count notes that a content has come whole.
+func (o *origin) count(id pieces.TaskID, length int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if _, known := o.counted[id]; !known {
+		o.counted[id] = struct{}{}
+		o.metrics.uniqueBytes.Add(float64(length - o.inherited[id]))
+	}
+}
+
+// The failures in a row after which an origin is given up, before its first
+// byte and later.
+const (
+	triesBefore = 3
+	triesAmid   = 6
+)
+
+// stream reads a content from its origin in order, and asks again from where it
+// stopped when the origin breaks off.
+type stream struct {
+	*origin
+	fetch   *fetch
+	src     source
+	body    io.ReadCloser // nil when the origin is to be asked
+	length  int64         // of the whole, -1 as long as it is not known
+	off     int64         // of the next byte
+	version string
+	counted bool
+	began   bool
+	fails   int // in a row
+	tries   int
+}
+
+func (s *stream) close() {
+	if s.body != nil {
+		_ = s.body.Close()
+		s.body = nil
+	}
+}
+
+// restart forgets what is known of the content.
+func (s *stream) restart() {
+	s.close()
+	s.off, s.length, s.began, s.fails = 0, -1, false, 0
+}
+
+// seek makes off the offset of the next byte.
+func (s *stream) seek(off int64) {
+	if s.off != off {
+		s.close()
+		s.off = off
+	}
+}
+
+// open asks the origin from s.off on, again and again while that may help.
+func (s *stream) open() (*body, error) {
+	for {
+		b, err := s.src.open(s.ctx, s.off)
+		if err == nil {
+			if s.began && (b.version != s.version || b.length >= 0 && s.length >= 0 && b.length != s.length) {
+				_ = b.Close()
+				return nil, errChanged
+			}
+			if !s.began || s.length < 0 {
+				s.length = b.length
+			}
+			s.body, s.version, s.counted, s.began = b.ReadCloser, b.version, b.counted, true
+			return b, nil
+		}
+		if _, no := refused(err); no && s.began {
+			if src := s.fetch.other(); src != nil {
+				s.src = src
+				continue
+			}
+		}
+		if err := s.failed(err); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// failed waits until the origin may be asked again, or returns why not.
+func (s *stream) failed(err error) error {
+	s.fails++
+	if s.ctx.Err() != nil {
+		return context.Cause(s.ctx)
+	}
+	if !isPassing(err) || s.fails >= s.tries {
+		return err
+	}
+	pause := 50 * time.Millisecond << s.fails // 0.1, 0.2, … 1.6 s
+	t := time.NewTimer(pause/2 + rand.N(pause))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-s.ctx.Done():
+		return context.Cause(s.ctx)
+	}
+}
+
+// Read reads on, over as many answers as it takes.
+func (s *stream) Read(p []byte) (int, error) {
+	for {
+		if s.length >= 0 && s.off >= s.length {
+			return 0, io.EOF
+		}
+		if s.body == nil {
+			if _, err := s.open(); err != nil {
+				return 0, err
+			}
+		}
+		n, err := s.body.Read(p)
+		if n > 0 {
+			s.off += int64(n)
+			s.fails = 0
+			s.fetch.fetched.Store(s.off)
+			if !s.counted {
+				s.metrics.originBytes.Add(float64(n))
+			}
+			return n, nil // an error comes again
+		}
+		if errors.Is(err, io.EOF) {
+			if s.length < 0 {
+				return 0, io.EOF
+			}
+			err = passing{io.ErrUnexpectedEOF}
+		}
+		if err != nil {
+			s.close()
+			if err := s.failed(err); err != nil {
+				return 0, fmt.Errorf("origin broke off at byte %d: %w", s.off, err)
+			}
+		}
+	}
+}
+
+// spool reads content of unknown length into a file of its own, and goes on
+// from there.
+func (s *stream) spool() error {
+	name := path.Join(spoolDir, strconv.FormatUint(rand.Uint64(), 16))
+	f, err := s.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	_ = s.root.Remove(name) // it goes with the last use of f; else the next start removes it
+	limit := int64(pieces.MaxLength)
+	if s.quota > 0 {
+		limit = min(limit, s.quota)
+	}
+	n, err := io.Copy(f, io.LimitReader(s, limit+1))
+	if err == nil && n > limit {
+		err = pieces.ErrQuota
+	}
+	if err == nil {
+		_, err = f.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		_ = f.Close()
+		return fmt.Errorf("spool: %w", err)
+	}
+	s.close()
+	s.body, s.off, s.length, s.counted = f, 0, n, true
+	return nil
+}

@@ -1,0 +1,517 @@
+package supernode
+
+import (
+	"context"
+	"maps"
+	"math/rand/v2"
+	"time"
+
+	"go.uber.org/zap"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/scheduler"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	tickEvery = 100 * time.Millisecond
+	reviewing = time.Second      // progress, tickets, tasks nobody needs
+	idleAfter = 30 * time.Second // how long a task stays that nobody wants
+	seed      = scheduler.HostID(0)
+
+	maxHeld      = 2000    // tasks that a host may say it holds
+	maxHeldBytes = 4 << 20 // bytes of the sets of their pieces
+	digestRun    = 4096    // digests in one message
+)
+
+// region is who has what and gets what from whom. One goroutine, that of run,
+// owns all of it; others send it functions to call.
+type region struct {
+	origin  *origin
+	cfg     Config
+	log     *zap.Logger
+	metrics *metrics
+	events  chan func()
+	ended   chan struct{} // closed when run has returned
+
+	sched   *scheduler.Scheduler
+	names   map[string]*session // by the host's own id
+	hosts   map[scheduler.HostID]*session
+	free    []scheduler.HostID
+	tasks   map[pieces.TaskID]*task
+	nums    map[scheduler.TaskID]*task
+	lastNum scheduler.TaskID
+}
+
+// task is a content being distributed.
+type task struct {
+	id        pieces.TaskID
+	num       scheduler.TaskID
+	content   *pieces.Content // pinned
+	layout    pieces.Layout
+	published pieces.Set // pieces whose digests anyone may have
+	members   map[scheduler.HostID]*member
+	needed    time.Time // when somebody last was found to need it
+	told      int64     // bytes, by the last Progress
+}
+
+// member is a host that has joined a task.
+type member struct {
+	*session
+	public   bool
+	ticketed time.Time
+}
+
+// holding is what a host has of a task.
+type holding struct {
+	layout pieces.Layout
+	have   pieces.Set
+}
+
+// transfer is one that a host has been told to make.
+type transfer struct {
+	task         *task
+	first, count int
+	left         uint64 // pieces that have not come, by bit
+}
+
+func newRegion(cfg Config, log *zap.Logger, m *metrics) *region {
+	return &region{
+		cfg: cfg, log: log, metrics: m,
+		events: make(chan func(), 1024),
+		ended:  make(chan struct{}),
+		sched:  scheduler.New(scheduler.DefaultConfig(), rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))), //nolint:gosec // no secret: it breaks ties
+		names:  map[string]*session{},
+		hosts:  map[scheduler.HostID]*session{},
+		tasks:  map[pieces.TaskID]*task{},
+		nums:   map[scheduler.TaskID]*task{},
+	}
+}
+
+// do has f called by the goroutine of run, in the order of the calls; not at
+// all when that has ended.
+func (r *region) do(f func()) {
+	select {
+	case r.events <- f:
+	case <-r.ended:
+	}
+}
+
+// ask is do, and waits until f has been called; false when it has not.
+func (r *region) ask(ctx context.Context, f func()) bool {
+	done := make(chan struct{})
+	r.do(func() { f(); close(done) })
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+	case <-r.ended:
+	}
+	return false
+}
+
+func (r *region) run(ctx context.Context) {
+	defer close(r.ended)
+	r.sched.HostUp(time.Now(), seed, scheduler.Host{Up: r.cfg.UpLanes, Zone: r.cfg.Zone, Rack: r.cfg.Rack, Seed: true})
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	reviewed := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			for _, t := range r.tasks {
+				t.content.Release()
+			}
+			return
+		case f := <-r.events:
+			f()
+		case now := <-tick.C:
+			if len(r.tasks) == 0 {
+				continue
+			}
+			r.sched.Tick(now)
+			if now.Sub(reviewed) >= reviewing {
+				reviewed = now
+				r.review(now)
+			}
+		}
+		r.decide()
+		r.metrics.hosts.Set(float64(len(r.hosts)))
+		r.metrics.tasks.Set(float64(len(r.tasks)))
+	}
+}
+
+// decide passes on what the scheduler has decided.
+func (r *region) decide() {
+	for _, d := range r.sched.Decisions() {
+		host := r.hosts[d.Host]
+		if host == nil {
+			continue
+		}
+		id := uint64(d.Transfer)
+		if d.Kind == scheduler.Cancel {
+			if _, ok := host.transfers[d.Transfer]; ok {
+				delete(host.transfers, d.Transfer)
+				r.metrics.transfers.WithLabelValues(resultCancelled).Inc()
+				host.send(message{size: 16, add: func(b *api.Down) { b.Cancel = append(b.Cancel, id) }})
+			}
+			continue
+		}
+		t := r.nums[d.Task]
+		if t == nil {
+			continue
+		}
+		host.transfers[d.Transfer] = &transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1}
+		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count}
+		if d.Parent != seed {
+			a.Parent = r.hosts[d.Parent].addr
+			host.send(message{size: 96, add: func(b *api.Down) { b.Assign = append(b.Assign, a) }})
+			continue
+		}
+		size := t.layout.Offset(d.First+d.Count) - t.layout.Offset(d.First)
+		if size > api.MaxInline {
+			size = 0
+		}
+		host.send(message{size: 96 + int(size), add: func(b *api.Down) {
+			if size > 0 {
+				a.Data = host.inline(t.content, t.layout.Offset(a.First), size)
+			}
+			b.Assign = append(b.Assign, a)
+		}})
+	}
+}
+
+// hostUp takes in a host, in place of one with the same name.
+func (r *region) hostUp(s *session, hello *api.Hello) {
+	if old := r.names[s.name]; old != nil {
+		r.log.Warn("host replaced by another session", zap.String("host", s.name), zap.String("remote", s.remote))
+		old.end(errReplaced)
+		r.hostDown(old)
+	}
+	s.id = scheduler.HostID(len(r.hosts) + len(r.free) + 1)
+	if n := len(r.free); n > 0 {
+		s.id, r.free = r.free[n-1], r.free[:n-1]
+	}
+	r.names[s.name], r.hosts[s.id] = s, s
+	up := hello.Up
+	if s.addr == "" {
+		up = 0
+	}
+	r.sched.HostUp(time.Now(), s.id, scheduler.Host{Up: up, Down: hello.Down, Zone: hello.Zone, Rack: hello.Rack})
+}
+
+// hostDown forgets a host.
+func (r *region) hostDown(s *session) {
+	if r.hosts[s.id] != s {
+		return
+	}
+	r.sched.HostDown(time.Now(), s.id)
+	for id := range s.holds {
+		if t := r.tasks[id]; t != nil {
+			delete(t.members, s.id)
+		}
+	}
+	for range s.transfers {
+		r.metrics.transfers.WithLabelValues(resultGone).Inc()
+	}
+	delete(r.names, s.name)
+	delete(r.hosts, s.id)
+	r.free = append(r.free, s.id)
+}
+
+// up acts on what a host has sent, but for its joins.
+func (r *region) up(s *session, up *api.Up) {
+	if r.hosts[s.id] != s {
+		return
+	}
+	now := time.Now()
+	for _, h := range up.Hold {
+		r.hold(now, s, h)
+	}
+	for _, w := range up.Want {
+		if t := r.nums[scheduler.TaskID(w.Task)]; t != nil {
+			r.sched.Want(now, s.id, t.num, w.First, w.Count)
+		}
+	}
+	for _, d := range up.Done {
+		r.done(now, s, scheduler.TransferID(d.Transfer), d.Piece)
+	}
+	for _, f := range up.Failed {
+		r.failed(now, s, f)
+	}
+	for _, l := range up.Leave {
+		id := pieces.TaskID(l.Task)
+		s.holding(id, nil)
+		if t := r.tasks[id]; t != nil {
+			delete(t.members, s.id)
+			r.sched.Leave(now, s.id, t.num)
+		}
+	}
+}
+
+// hold notes what a host says it has. Of what a URL gives nobody can tell which
+// version it is, so that counts only when it came through this session.
+func (r *region) hold(now time.Time, s *session, h api.Hold) {
+	id, err := pieces.ParseTaskID(h.Task)
+	if err != nil || id.Content() == "" || h.Layout.Validate() != nil {
+		return
+	}
+	have, err := pieces.ParseSet(h.Layout.Count(), h.Have)
+	if err != nil {
+		return
+	}
+	t := r.tasks[id]
+	if t != nil && t.layout != h.Layout {
+		return
+	}
+	if s.holds[id] == nil && (len(s.holds) >= maxHeld || s.heldBytes+len(h.Have) > maxHeldBytes) {
+		return
+	}
+	s.holding(id, &holding{h.Layout, have})
+	if t != nil {
+		r.sched.Hold(now, s.id, t.num, have)
+	}
+}
+
+// holding makes h what s is known to hold of a task; nil is nothing.
+func (s *session) holding(id pieces.TaskID, h *holding) {
+	if old := s.holds[id]; old != nil {
+		s.heldBytes -= (old.have.Cap() + 7) / 8
+	}
+	delete(s.holds, id)
+	if h != nil {
+		s.heldBytes += (h.have.Cap() + 7) / 8
+		s.holds[id] = h
+	}
+}
+
+// done notes a piece that has come.
+func (r *region) done(now time.Time, s *session, id scheduler.TransferID, piece int) {
+	tr := s.transfers[id]
+	if tr == nil || piece < tr.first || piece >= tr.first+tr.count {
+		return
+	}
+	if h := s.holds[tr.task.id]; h != nil && h.layout == tr.task.layout {
+		h.have.Add(piece)
+	}
+	if tr.left &^= 1 << (piece - tr.first); tr.left == 0 {
+		delete(s.transfers, id)
+		r.metrics.transfers.WithLabelValues(resultOK).Inc()
+	}
+	r.sched.Done(now, s.id, id, piece)
+}
+
+// failures says what the scheduler and the metrics call a failure.
+var failures = map[api.Failure]struct {
+	why    scheduler.Failure
+	result string
+}{
+	api.Busy:    {scheduler.Busy, resultBusy},
+	api.Gone:    {scheduler.Gone, resultGone},
+	api.Corrupt: {scheduler.Corrupt, resultCorrupt},
+	api.Local:   {scheduler.Cancelled, resultLocal},
+}
+
+func (r *region) failed(now time.Time, s *session, f api.Failed) {
+	id := scheduler.TransferID(f.Transfer)
+	why, ok := failures[f.Why]
+	if tr := s.transfers[id]; tr == nil || !ok {
+		return
+	}
+	delete(s.transfers, id)
+	r.metrics.transfers.WithLabelValues(why.result).Inc()
+	if f.Why == api.Corrupt {
+		r.metrics.verifyFailures.Inc()
+	}
+	retry := time.Duration(min(max(f.RetryMS, 0), 60_000)) * time.Millisecond
+	r.sched.Failed(now, s.id, id, why.why, retry)
+}
+
+// grant makes a host one of a task's members and answers its join. The lease is
+// the region's from then on.
+func (r *region) grant(s *session, seq uint64, l *lease) {
+	id, now := l.ID(), time.Now()
+	if r.hosts[s.id] != s {
+		l.Release()
+		return
+	}
+	if l.drops != r.origin.drops.Load() {
+		l.Release() // it may have been dropped meanwhile
+		s.refuse(seq, errDropped)
+		return
+	}
+	t := r.tasks[id]
+	if t == nil {
+		t = r.activate(now, l)
+	} else {
+		l.Release()
+	}
+	m := t.members[s.id]
+	fresh := m == nil
+	if fresh {
+		m = &member{session: s, ticketed: now}
+		t.members[s.id] = m
+	}
+	m.public = l.public
+	t.needed = now
+	s.send(m.message(t, seq))
+	if !fresh {
+		return
+	}
+	for i := 0; i < t.layout.Count(); {
+		n := t.published.Run(i, digestRun)
+		if n > 0 {
+			s.sendDigests(t, i, n)
+		}
+		i += n + 1
+	}
+	h := s.holds[id]
+	if h == nil || h.layout != t.layout {
+		h = &holding{t.layout, pieces.NewSet(t.layout.Count())}
+		s.holding(id, h)
+	}
+	r.sched.Join(now, s.id, t.num, h.have)
+}
+
+// activate makes a task of a content, with all hosts that hold some of it.
+func (r *region) activate(now time.Time, l *lease) *task {
+	r.lastNum++
+	t := &task{
+		id: l.ID(), num: r.lastNum, content: l.Content, layout: l.Layout(),
+		members: map[scheduler.HostID]*member{}, needed: now,
+	}
+	t.published = l.Have()
+	last := t.layout.Count() - 1
+	for i := range t.layout.Count() {
+		if t.published.Has(i) && (!l.Has(i) || i == last && !l.whole()) {
+			t.published.Remove(i)
+		}
+	}
+	r.tasks[t.id], r.nums[t.num] = t, t
+	r.sched.TaskAdd(now, t.num, t.layout)
+	r.sched.Join(now, seed, t.num, t.published)
+	for _, s := range r.hosts {
+		if h := s.holds[t.id]; h != nil && h.layout == t.layout && h.have.Len() > 0 {
+			r.sched.Hold(now, s.id, t.num, h.have)
+		}
+	}
+	return t
+}
+
+// deactivate ends the distribution of a task. What hosts hold of it stays known.
+func (r *region) deactivate(t *task) {
+	r.sched.TaskRemove(time.Now(), t.num)
+	r.decide() // cancels what is under way, while the task is known
+	for _, m := range t.members {
+		maps.DeleteFunc(m.transfers, func(_ scheduler.TransferID, tr *transfer) bool { return tr.task == t })
+	}
+	t.content.Release()
+	delete(r.tasks, t.id)
+	delete(r.nums, t.num)
+}
+
+// published implements follower.
+func (r *region) published(id pieces.TaskID, i int, _ pieces.Digest) {
+	r.do(func() {
+		t := r.tasks[id]
+		if t == nil || i >= t.layout.Count() || !t.published.Add(i) {
+			return
+		}
+		for _, m := range t.members {
+			m.sendDigests(t, i, 1)
+		}
+		r.sched.Have(time.Now(), seed, t.num, i, 1)
+	})
+}
+
+// dropped implements follower.
+func (r *region) dropped(id pieces.TaskID, reason string) {
+	r.do(func() {
+		if t := r.tasks[id]; t != nil {
+			r.deactivate(t)
+		}
+		for _, s := range r.hosts {
+			if _, ok := s.holds[id]; ok {
+				s.holding(id, nil)
+				s.send(message{size: 256, add: func(b *api.Down) {
+					b.Invalidate = append(b.Invalidate, api.Invalidate{Task: string(id), Reason: reason})
+				}})
+			}
+		}
+	})
+}
+
+// lost notes that the supernode found a piece of its own missing.
+func (r *region) lost(id pieces.TaskID, i int) {
+	r.do(func() {
+		if t := r.tasks[id]; t != nil && t.published.Has(i) && !t.content.Has(i) {
+			t.published.Remove(i)
+			r.sched.Lost(time.Now(), seed, t.num, i, 1)
+		}
+	})
+}
+
+// review says what has come of the tasks, renews tickets, and ends tasks that
+// nobody has needed for a while.
+func (r *region) review(now time.Time) {
+	for _, t := range r.tasks {
+		f := r.origin.find(t.id)
+		if f != nil {
+			t.needed = now
+			r.progress(t, f.fetched.Load())
+		}
+		for _, m := range t.members {
+			if h := m.holds[t.id]; h == nil || h.have.Full() {
+				continue
+			}
+			t.needed = now
+			if now.Sub(m.ticketed) > api.TicketLife/2 {
+				m.ticketed = now
+				m.send(m.message(t, 0))
+			}
+		}
+		if now.Sub(t.needed) > idleAfter {
+			r.deactivate(t)
+		}
+	}
+}
+
+func (r *region) progress(t *task, fetched int64) {
+	if fetched == t.told {
+		return
+	}
+	t.told = fetched
+	p := api.Progress{Task: int32(t.num), Fetched: fetched}
+	for _, m := range t.members {
+		m.send(message{size: 24, add: func(b *api.Down) { b.Progress = append(b.Progress, p) }})
+	}
+}
+
+// message grants a join, or renews its ticket; the ticket is signed when it is sent.
+func (m *member) message(t *task, seq uint64) message {
+	task := api.Task{Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public}
+	s := m.session
+	return message{size: 512, first: true, add: func(b *api.Down) {
+		task.Ticket = s.ticket(t.id)
+		b.Task = append(b.Task, task)
+	}}
+}
+
+// sendDigests sends the digests of n pieces from first on.
+func (s *session) sendDigests(t *task, first, n int) {
+	ds := make([]byte, 0, n*pieces.DigestSize)
+	for i := range n {
+		ds = pieces.AppendDigests(ds, t.content.Digest(first+i))
+	}
+	num := int32(t.num)
+	s.send(message{size: 24 + len(ds), add: func(b *api.Down) {
+		if k := len(b.Digests) - 1; k >= 0 {
+			last := &b.Digests[k]
+			if last.Task == num && last.First+len(last.Digests)/pieces.DigestSize == first {
+				last.Digests = append(last.Digests, ds...)
+				return
+			}
+		}
+		b.Digests = append(b.Digests, api.Digests{Task: num, First: first, Digests: ds})
+	}})
+}

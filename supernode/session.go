@@ -1,0 +1,319 @@
+package supernode
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/time/rate"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
+	"damselfly.dev/scheduler"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	helloTimeout = 5 * time.Second
+	writeTimeout = 10 * time.Second // for one frame
+	joinTimeout  = time.Minute      // hosts turn elsewhere long before
+	maxJoins     = 256              // joins of a session being answered
+	maxQueued    = 16 << 20         // bytes waiting for a slow reader, roughly
+	frameSize    = api.MaxFrame / 2 // where a frame is full; one message is no larger
+
+	// itemsPerSecond and itemsAtOnce bound what a host may say: a piece of
+	// 256 KiB each at 40 Gbit/s, and all it holds after a reconnect.
+	itemsPerSecond = 20_000
+	itemsAtOnce    = 200_000
+)
+
+var (
+	errReplaced = errors.New("replaced by another session of this host")
+	errSlow     = errors.New("too slow a reader")
+	errStopping = errors.New("the supernode is shutting down")
+	errDropped  = errors.New("the content was dropped meanwhile; ask again")
+	errTooMany  = errors.New("too many joins at once")
+)
+
+// session is the connection with one host.
+type session struct {
+	node   *Supernode
+	conn   *api.Conn[api.Up, api.Down]
+	end    context.CancelCauseFunc
+	name   string // the host's own id
+	addr   string // where peers reach it, "" for nowhere
+	remote string
+	since  time.Time
+	joins  chan struct{} // a place for each join being answered
+
+	// Owned by the region.
+	id        scheduler.HostID
+	holds     map[pieces.TaskID]*holding
+	heldBytes int
+	transfers map[scheduler.TransferID]*transfer
+
+	mu     sync.Mutex // guards what follows
+	queue  []message
+	queued int // bytes
+	wake   chan struct{}
+}
+
+// message is something to be told to a host, in its turn. add puts it into a
+// batch, and is called by the goroutine that writes.
+type message struct {
+	size  int  // of its encoded form, roughly
+	first bool // not in one batch after an Invalidate, which would be acted on later
+	add   func(*api.Down)
+}
+
+// send queues m. It never waits: a host that does not read loses its session.
+func (s *session) send(m message) {
+	s.mu.Lock()
+	s.queue = append(s.queue, m)
+	s.queued += m.size + 64
+	full := s.queued > maxQueued
+	s.mu.Unlock()
+	if full {
+		s.end(errSlow)
+	}
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (s *session) take() []message {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	q := s.queue
+	s.queue, s.queued = nil, 0
+	return q
+}
+
+// serveSession is the life of a session.
+func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
+	if n.sessions.Add(1) > int64(n.cfg.MaxHosts) {
+		n.sessions.Add(-1)
+		writeError(w, http.StatusServiceUnavailable, api.CodeTooManyHosts, "this supernode has as many hosts as it may")
+		return
+	}
+	defer n.sessions.Add(-1)
+	conn, err := api.Accept(w, r)
+	if err != nil {
+		return
+	}
+	defer conn.CloseNow()
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
+	defer cancel(nil)
+	defer context.AfterFunc(n.ctx, func() { cancel(context.Cause(n.ctx)) })() //nolint:contextcheck // the supernode's own end
+	s := &session{
+		node: n, conn: conn, end: cancel, remote: r.RemoteAddr, since: time.Now(),
+		joins:     make(chan struct{}, maxJoins),
+		holds:     map[pieces.TaskID]*holding{},
+		transfers: map[scheduler.TransferID]*transfer{},
+		wake:      make(chan struct{}, 1),
+	}
+	hello, err := s.hello(ctx)
+	if err != nil {
+		n.log.Info("session refused", zap.String("remote", s.remote), zap.Error(err))
+		conn.Close(err.Error())
+		return
+	}
+	n.log.Info("session begins", zap.String("host", s.name), zap.String("remote", s.remote))
+	var wg sync.WaitGroup
+	wg.Go(func() { cancel(s.write(ctx)) })
+	wg.Go(func() { cancel(conn.KeepAlive(ctx)) })
+	n.region.do(func() { n.region.hostUp(s, hello) })
+	cancel(s.read(ctx, &wg))
+	n.region.do(func() { n.region.hostDown(s) })
+	n.log.Info("session ends", zap.String("host", s.name), zap.Error(context.Cause(ctx)))
+	if errors.Is(context.Cause(ctx), errReplaced) || errors.Is(context.Cause(ctx), errStopping) {
+		conn.Close(context.Cause(ctx).Error())
+	}
+	conn.CloseNow()
+	wg.Wait()
+}
+
+// hello reads and checks how the host introduces itself.
+func (s *session) hello(ctx context.Context) (*api.Hello, error) {
+	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
+	defer cancel()
+	up, err := s.conn.Read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	h := up.Hello
+	switch {
+	case h == nil:
+		return nil, errors.New("the first frame has no hello")
+	case h.Version != api.Version:
+		return nil, fmt.Errorf("version %d of the session, want %d", h.Version, api.Version)
+	case h.Host == "" || len(h.Host) > 64:
+		return nil, errors.New("the host's id must have 1 to 64 bytes")
+	case len(h.Zone) > 64 || len(h.Rack) > 64:
+		return nil, errors.New("zone and rack must have at most 64 bytes")
+	case h.Up < 0 || h.Up > maxLanes || h.Down < 0 || h.Down > maxLanes:
+		return nil, fmt.Errorf("lanes must be 0 to %d", maxLanes)
+	}
+	if s.addr, err = api.PeerAddr(h.Addr, s.remote); err != nil {
+		return nil, err
+	}
+	if s.addr != "" {
+		host, port, _ := net.SplitHostPort(s.addr)
+		if p, err := strconv.ParseUint(port, 10, 16); err != nil || p == 0 || len(host) > 255 {
+			return nil, errors.New("the advertised address is not host:port")
+		}
+	}
+	s.name = h.Host
+	return h, s.conn.Write(ctx, api.Down{Welcome: &api.Welcome{Version: api.Version, TicketKey: s.node.publicKey()}})
+}
+
+// read acts on what the host sends, until it goes.
+func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
+	limit := rate.NewLimiter(itemsPerSecond, itemsAtOnce)
+	for {
+		up, err := s.conn.Read(ctx)
+		if err != nil {
+			return err
+		}
+		n := 1 + len(up.Join) + len(up.Want) + len(up.Done) + len(up.Failed) + len(up.Leave)
+		for _, h := range up.Hold {
+			n += 1 + len(h.Have)/16
+		}
+		if err := limit.WaitN(ctx, min(n, itemsAtOnce)); err != nil {
+			return err
+		}
+		joins := up.Join
+		s.node.region.do(func() { s.node.region.up(s, &up) })
+		for _, j := range joins {
+			select {
+			case s.joins <- struct{}{}:
+				wg.Go(func() {
+					s.join(ctx, j)
+					<-s.joins
+				})
+			default:
+				s.refuse(j.Seq, errTooMany)
+			}
+		}
+	}
+}
+
+// write sends what is queued in batches.
+func (s *session) write(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-s.wake:
+		}
+		q := s.take()
+		for len(q) > 0 {
+			var b api.Down
+			size := 0
+			for len(q) > 0 && (size == 0 || size+q[0].size <= frameSize) && (!q[0].first || b.Invalidate == nil) {
+				q[0].add(&b)
+				size += q[0].size
+				q[0] = message{}
+				q = q[1:]
+			}
+			wctx, cancel := context.WithTimeout(ctx, writeTimeout)
+			err := s.conn.Write(wctx, b)
+			cancel()
+			if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// join brings a content for the host, and answers it.
+func (s *session) join(ctx context.Context, j api.Join) {
+	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
+	defer cancel()
+	id, src, err := s.node.sourceOf(j)
+	if err != nil {
+		s.refuse(j.Seq, err)
+		return
+	}
+	l, err := s.node.origin.bring(ctx, id, src)
+	if err != nil {
+		s.refuse(j.Seq, err)
+		return
+	}
+	l.verify()
+	r := s.node.region
+	r.do(func() { r.grant(s, j.Seq, l) })
+}
+
+// sourceOf reads what a host asks to join.
+func (n *Supernode) sourceOf(j api.Join) (pieces.TaskID, source, error) {
+	id, err := pieces.ParseTaskID(j.Task)
+	if err != nil {
+		return "", nil, err
+	}
+	header := http.Header(j.Origin.Header)
+	if j.Origin.URL != "" {
+		src, err := n.web.source(id, j.Origin.URL, header)
+		return id, src, err
+	}
+	if id.Content() == "" {
+		return "", nil, errors.New("a blob's task is named by its digest")
+	}
+	return id, &registrySource{
+		registries: n.registries,
+		kind:       registryproxy.KindBlob,
+		repo:       registryproxy.Repository{Registry: j.Origin.Registry, Name: j.Origin.Repository},
+		digest:     j.Task,
+		who:        registryproxy.Caller{Authorization: header.Get("Authorization")},
+	}, nil
+}
+
+// refuse answers a join with the origin's own no, or else with what is wrong.
+func (s *session) refuse(seq uint64, err error) {
+	a := api.Refused{Seq: seq, Status: http.StatusBadGateway, Reason: err.Error()}
+	size := 256 + len(a.Reason)
+	if r, ok := refused(err); ok {
+		a = api.Refused{Seq: seq, Status: r.Status, Header: r.Header, Body: r.Body, Final: true}
+		size += len(r.Body)
+		for k, vs := range r.Header {
+			for _, v := range vs {
+				size += len(k) + len(v) + 16
+			}
+		}
+		if size > frameSize {
+			a.Header, a.Body = nil, nil
+			size = 256
+		}
+	}
+	s.send(message{size: size, add: func(b *api.Down) { b.Refused = append(b.Refused, a) }})
+}
+
+// ticket is the word that the host may read a task.
+func (s *session) ticket(id pieces.TaskID) string {
+	t := api.Ticket{Task: string(id), Host: s.name, Expires: time.Now().Add(api.TicketLife).Unix()}
+	signed, err := api.SignTicket(s.node.key, t)
+	if err != nil {
+		s.node.log.Error("ticket cannot be signed", zap.Error(err))
+	}
+	return signed
+}
+
+// inline returns n bytes from off on, nil when they cannot be read: the host
+// then fetches them.
+func (s *session) inline(c *pieces.Content, off, n int64) []byte {
+	var b bytes.Buffer
+	b.Grow(int(n))
+	if _, err := c.CopyRange(&b, off, n); err != nil {
+		return nil
+	}
+	s.node.metrics.sentBytes.Add(float64(n))
+	return b.Bytes()
+}

@@ -1,0 +1,177 @@
+package supernode
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"slices"
+	"time"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
+)
+
+// source is where a task's bytes come from, on behalf of one caller.
+type source interface {
+	// open returns the bytes from off on. A *registryproxy.Refusal is the
+	// origin's no; isPassing tells what may do better later.
+	open(ctx context.Context, off int64) (*body, error)
+	// allowed returns nil when the caller may read c, which is cached, and
+	// whether anyone may; errChanged when c is no longer what the origin has.
+	allowed(ctx context.Context, c *pieces.Content) (public bool, err error)
+	// opened notes that open has succeeded, so that the caller needs no other
+	// proof, and tells whether that means that anyone may read it.
+	opened(b *body) (public bool)
+	// continues tells whether b is more of what the task's bytes so far are of.
+	continues(b *body) bool
+	// name is the one under which a content is public, "" if it never is.
+	name() string
+	// key is the same for two sources that ask the same with the same credentials.
+	key() proof
+}
+
+// body is an origin's answer.
+type body struct {
+	io.ReadCloser
+	from      int64  // the offset of its first byte
+	length    int64  // of the whole content, -1 if not known
+	mediaType string // of a manifest
+	version   string // of what a URL gives, "" where it does not say
+	counted   bool   // its bytes have been counted as read from the origin
+}
+
+var (
+	errChanged = errors.New("the origin has other content by now")
+	errWrong   = errors.New("the content does not have its digest")
+)
+
+// passing is a failure that may be over the next time.
+type passing struct{ error }
+
+func (p passing) Unwrap() error { return p.error }
+
+func isPassing(err error) bool {
+	_, ok := errors.AsType[passing](err)
+	return ok || registryproxy.IsTemporary(err)
+}
+
+// refused returns the origin's own no in err, if it is one.
+func refused(err error) (*registryproxy.Refusal, bool) {
+	r, ok := errors.AsType[*registryproxy.Refusal](err)
+	return r, ok && r.Final()
+}
+
+// registrySource is a blob or a manifest of a registry, by digest.
+type registrySource struct {
+	registries
+	kind   registryproxy.Kind
+	repo   registryproxy.Repository
+	digest string
+	who    registryproxy.Caller
+	got    *registryproxy.Manifest // what the registry has already given, or nil
+}
+
+// registries is what is needed to ask registries.
+type registries struct {
+	client  *registryproxy.Client
+	access  *registryproxy.Access
+	metrics *metrics
+}
+
+func (s *registrySource) open(ctx context.Context, off int64) (*body, error) {
+	if s.kind == registryproxy.KindBlob {
+		b, err := s.client.Blob(ctx, s.repo, s.digest, off, s.who)
+		if err != nil {
+			return nil, err
+		}
+		return &body{ReadCloser: b.ReadCloser, from: off, length: b.Length}, nil
+	}
+	m := s.got
+	if m == nil {
+		var err error
+		if m, err = s.manifest(ctx, s.repo, s.digest, nil, s.who); err != nil {
+			return nil, err
+		}
+	}
+	rest := io.NopCloser(bytes.NewReader(m.Body[min(off, m.Size):]))
+	return &body{ReadCloser: rest, from: off, length: m.Size, mediaType: m.MediaType, counted: true}, nil
+}
+
+// manifest gets a manifest from its registry, and counts it.
+func (r registries) manifest(ctx context.Context, repo registryproxy.Repository, reference string, accept []string, who registryproxy.Caller) (*registryproxy.Manifest, error) {
+	m, err := r.client.Manifest(ctx, false, repo, reference, accept, who)
+	if err == nil {
+		r.metrics.originBytes.Add(float64(len(m.Body)))
+	}
+	return m, err
+}
+
+// awayAfter is how long the registry may think about who may read what was
+// public when it was last asked.
+const awayAfter = 2 * time.Second
+
+func (s *registrySource) allowed(ctx context.Context, c *pieces.Content) (bool, error) {
+	return s.check(ctx, s.digest, s.isPublic(c))
+}
+
+// isPublic tells whether anyone could read c when the registry was last asked.
+func (s *registrySource) isPublic(c *pieces.Content) bool {
+	return slices.Contains(c.Meta().Public, s.name())
+}
+
+// check asks the registry whether the caller may read a reference. What was
+// public stays so while the registry is away.
+func (s *registrySource) check(ctx context.Context, reference string, wasPublic bool) (bool, error) {
+	if wasPublic {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, awayAfter)
+		defer cancel()
+	}
+	public, err := s.access.Check(ctx, s.kind, s.repo, reference, s.who)
+	if err != nil && wasPublic && !isNo(err) {
+		return true, nil
+	}
+	return public, err
+}
+
+// isNo tells the origin's no, and a request that must not be sent, from trouble.
+func isNo(err error) bool {
+	_, malformed := errors.AsType[*registryproxy.Error](err)
+	_, no := refused(err)
+	return malformed || no
+}
+
+func (s *registrySource) opened(*body) bool {
+	s.proved(s.digest)
+	return s.anonymous()
+}
+
+// proved notes that the registry has just let the caller read a reference.
+func (s *registrySource) proved(reference string) {
+	s.access.Proved(s.kind, s.repo, reference, s.who, s.anonymous())
+}
+
+func (s *registrySource) anonymous() bool { return s.who.Authorization == "" }
+
+// continues is true: the digest decides.
+func (s *registrySource) continues(*body) bool { return true }
+
+func (s *registrySource) name() string { return s.repo.String() }
+
+func (s *registrySource) key() proof {
+	return proofOf("registry", s.kind.String(), s.repo.Registry, s.repo.Name, s.digest, s.who.Authorization)
+}
+
+// proof is the SHA-256 of what is read and of the credentials.
+type proof [sha256.Size]byte
+
+func proofOf(parts ...string) proof {
+	h := sha256.New()
+	for _, p := range parts {
+		sum := sha256.Sum256([]byte(p)) // so that no part runs into the next
+		h.Write(sum[:])
+	}
+	return proof(h.Sum(nil))
+}

@@ -1,0 +1,210 @@
+package supernode
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"golang.org/x/sync/singleflight"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
+)
+
+const (
+	keyName      = "ticket.key"
+	stopTimeout  = 5 * time.Second // for answers under way when Run is to end
+	keepVersions = 7 * 24 * time.Hour
+	stallTimeout = 10 * time.Second
+)
+
+// Supernode is a region's centre.
+type Supernode struct {
+	registries
+	cfg      Config
+	log      *zap.Logger
+	metrics  *metrics
+	key      ed25519.PrivateKey
+	root     *os.Root // the data directory
+	store    *pieces.Store
+	tags     *notes
+	resolver singleflight.Group // of tags; who has the same credentials shares a request
+	web      *web
+	origin   *origin
+	region   *region
+	uploads  chan struct{} // a place for each upload under way
+	sessions atomic.Int64
+	engine   *gin.Engine
+	ctx      context.Context // of fetches and sessions
+	stop     context.CancelCauseFunc
+}
+
+// Registry is where metrics are registered and gathered for /metrics.
+type Registry interface {
+	prometheus.Registerer
+	prometheus.Gatherer
+}
+
+// New opens the data directory of a supernode, which Run then runs and closes.
+func New(cfg Config, log *zap.Logger, reg Registry) (*Supernode, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	store, err := pieces.OpenStore(filepath.Join(cfg.DataDir, "store"), pieces.StoreConfig{Quota: cfg.Quota})
+	if err != nil {
+		return nil, err
+	}
+	n := &Supernode{cfg: cfg, log: log, store: store}
+	n.ctx, n.stop = context.WithCancelCause(context.Background())
+	if err := n.open(reg); err != nil {
+		return nil, errors.Join(err, n.close())
+	}
+	return n, nil
+}
+
+func (n *Supernode) open(reg Registry) (err error) {
+	if n.root, err = os.OpenRoot(n.cfg.DataDir); err != nil {
+		return fmt.Errorf("open data directory: %w", err)
+	}
+	if n.key, err = loadKey(n.root, n.log); err != nil {
+		return err
+	}
+	if n.tags, err = openNotes(n.root, "tags", n.cfg.StaleFor+time.Hour); err != nil {
+		return err
+	}
+	versions, err := openNotes(n.root, "urls", keepVersions)
+	if err != nil {
+		return err
+	}
+	if err := n.root.RemoveAll(spoolDir); err != nil {
+		return fmt.Errorf("sweep %s: %w", spoolDir, err)
+	}
+	if err := n.root.Mkdir(spoolDir, 0o700); err != nil {
+		return fmt.Errorf("make directory: %w", err)
+	}
+	if n.metrics, err = newMetrics(reg, n.store); err != nil {
+		return err
+	}
+	client, err := registryproxy.New(n.cfg.Registries, n.log, reg)
+	if err != nil {
+		return err
+	}
+	n.registries = registries{client, registryproxy.NewAccess(client, time.Now), n.metrics}
+	stall := n.cfg.Registries.StallTimeout
+	if stall == 0 {
+		stall = stallTimeout
+	}
+	n.web = newWeb(stall, n.cfg.TagFreshness, versions, n.log)
+	n.uploads = make(chan struct{}, 3*n.cfg.UpLanes) // what runs, what is next, and what lags
+	n.region = newRegion(n.cfg, n.log, n.metrics)
+	n.origin = n.newOrigin()
+	n.region.origin = n.origin
+	n.engine = n.routes(reg)
+	return nil
+}
+
+func (n *Supernode) newOrigin() *origin {
+	o := &origin{
+		ctx: n.ctx, store: n.store, root: n.root, quota: n.cfg.Quota, told: n.region, metrics: n.metrics, log: n.log,
+		slots:     make(chan struct{}, maxFetches),
+		running:   map[pieces.TaskID]*fetch{},
+		inherited: map[pieces.TaskID]int64{},
+		counted:   map[pieces.TaskID]struct{}{},
+	}
+	for _, t := range n.store.Tasks() {
+		for i := range t.Have.All() {
+			o.inherited[t.ID] += t.Layout.Size(i)
+		}
+	}
+	return o
+}
+
+// loadKey reads the key that tickets are signed with, or makes one.
+func loadKey(root *os.Root, log *zap.Logger) (ed25519.PrivateKey, error) {
+	b, err := readSmall(root, keyName, ed25519.SeedSize)
+	if err == nil && len(b) == ed25519.SeedSize {
+		return ed25519.NewKeyFromSeed(b), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read the key of tickets: %w", err)
+	}
+	if err == nil {
+		log.Warn("damaged key of tickets replaced", zap.String("file", keyName))
+	}
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err == nil {
+		err = writeSmall(root, keyName, key.Seed(), true)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("make the key of tickets: %w", err)
+	}
+	return key, nil
+}
+
+func (n *Supernode) publicKey() ed25519.PublicKey { return n.key.Public().(ed25519.PublicKey) }
+
+// Handler serves all of the supernode's HTTP. It needs Run to be running.
+func (n *Supernode) Handler() http.Handler { return n.engine }
+
+// Run serves on ln until ctx ends, then finishes within seconds and closes the
+// data directory. With a nil ln only Handler serves. It can be called once.
+func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
+	regionCtx, endRegion := context.WithCancel(context.WithoutCancel(ctx))
+	defer endRegion()
+	go n.region.run(regionCtx)
+	served := make(chan error, 1)
+	errorLog, err := zap.NewStdLogAt(n.log, zap.DebugLevel)
+	if err != nil {
+		return errors.Join(err, n.close())
+	}
+	srv := &http.Server{
+		Handler:           n.engine,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          errorLog, // what clients do to their connections
+	}
+	if ln != nil {
+		n.log.Info("serving", zap.String("address", ln.Addr().String()), zap.String("advertised", n.cfg.Advertise))
+		go func() { served <- srv.Serve(ln) }()
+	}
+	select {
+	case <-ctx.Done():
+	case err = <-served:
+		err = fmt.Errorf("serve: %w", err)
+	}
+	n.stop(errStopping)
+	stopCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	if srv.Shutdown(stopCtx) != nil {
+		_ = srv.Close() // some reader takes too long
+	}
+	n.origin.wg.Wait()
+	endRegion()
+	<-n.region.ended
+	return errors.Join(err, n.close())
+}
+
+func (n *Supernode) close() error {
+	n.stop(errStopping)
+	err := n.store.Close()
+	if n.root != nil {
+		err = errors.Join(err, n.root.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("close data directory: %w", err)
+	}
+	return nil
+}

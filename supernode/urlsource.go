@@ -1,0 +1,329 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/textproto"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
+)
+
+const (
+	urlTimeout   = 10 * time.Second // for an answer's header
+	maxRedirects = 10
+	maxRefusal   = 64 << 10 // bytes kept of a refusal's body
+	maxURLHeader = 64 << 10 // bytes of a caller's header
+	proofLife    = 5 * time.Minute
+	maxProofs    = 1 << 16
+)
+
+// web reads plain URLs.
+type web struct {
+	client *http.Client
+	stall  time.Duration
+	fresh  time.Duration // how long a URL's content is not checked again
+	seen   *notes
+	log    *zap.Logger
+
+	mu     sync.Mutex // guards proofs
+	proofs map[proof]time.Time
+}
+
+func newWeb(stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	return &web{
+		client: &http.Client{
+			CheckRedirect: redirect,
+			Transport: &http.Transport{
+				Proxy:                 http.ProxyFromEnvironment,
+				DialContext:           (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
+				TLSHandshakeTimeout:   urlTimeout,
+				ResponseHeaderTimeout: urlTimeout,
+				MaxIdleConnsPerHost:   16,
+				IdleConnTimeout:       90 * time.Second,
+				DisableCompression:    true,
+				Protocols:             &protocols,
+			},
+		},
+		stall: stall, fresh: fresh, seen: seen, log: log,
+		proofs: map[proof]time.Time{},
+	}
+}
+
+// redirect keeps the caller's header with the host it is for.
+func redirect(to *http.Request, via []*http.Request) error {
+	from := via[len(via)-1].URL
+	switch {
+	case len(via) > maxRedirects:
+		return errors.New("there are too many redirects")
+	case to.URL.Scheme != "https" && to.URL.Scheme != from.Scheme:
+		return errors.New("a redirect leads from https to " + to.URL.Scheme)
+	case to.URL.Host != via[0].URL.Host || to.URL.Scheme != via[0].URL.Scheme:
+		kept := http.Header{}
+		for _, k := range []string{"Range", "Accept-Encoding"} {
+			if v := to.Header.Get(k); v != "" {
+				kept.Set(k, v)
+			}
+		}
+		to.Header = kept
+	}
+	to.Header.Del("Referer") // it may be signed
+	return nil
+}
+
+// prove notes that a request has just succeeded.
+func (w *web) prove(p proof) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	if len(w.proofs) >= maxProofs {
+		maps.DeleteFunc(w.proofs, func(_ proof, at time.Time) bool { return now.Sub(at) > proofLife })
+		if len(w.proofs) >= maxProofs {
+			clear(w.proofs)
+		}
+	}
+	w.proofs[p] = now
+}
+
+// proved tells whether a request has succeeded within the time given.
+func (w *web) proved(p proof, within time.Duration) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	at, ok := w.proofs[p]
+	return ok && time.Since(at) < within
+}
+
+// urlSource is the content of a URL.
+type urlSource struct {
+	*web
+	id     pieces.TaskID
+	url    *url.URL
+	header http.Header
+	proof  proof
+}
+
+// hopHeaders of a caller's request are not the origin's business.
+var hopHeaders = []string{
+	"Accept-Encoding", "Connection", "Content-Length", "Expect", "Host", "If-Match", "If-Modified-Since", "If-None-Match",
+	"If-Range", "If-Unmodified-Since", "Keep-Alive", "Proxy-Authorization", "Proxy-Connection", "Range", "Te", "Trailer",
+	"Transfer-Encoding", "Upgrade",
+}
+
+// source checks what a host asks for.
+func (w *web) source(id pieces.TaskID, raw string, header http.Header) (*urlSource, error) {
+	u, err := url.Parse(raw)
+	if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "" || len(raw) > 8<<10 {
+		return nil, errors.New("the URL must begin with http:// or https:// and name a host")
+	}
+	if id.Content() == "" && pieces.URLTaskID(raw) != id {
+		return nil, errors.New("the task's id is not that of the URL")
+	}
+	s := &urlSource{web: w, id: id, url: u, header: http.Header{}}
+	parts, size := []string{"url", raw}, 0
+	for _, k := range slices.Sorted(maps.Keys(header)) {
+		name := textproto.CanonicalMIMEHeaderKey(k)
+		if slices.Contains(hopHeaders, name) {
+			continue
+		}
+		for _, v := range header[k] {
+			parts, size = append(parts, name, v), size+len(k)+len(v)
+			s.header.Add(name, v)
+		}
+	}
+	if size > maxURLHeader {
+		return nil, errors.New("the header for the URL is too long")
+	}
+	s.proof = proofOf(parts...)
+	return s, nil
+}
+
+func (s *urlSource) name() string { return "" }
+func (s *urlSource) key() proof   { return s.proof }
+
+func (s *urlSource) continues(b *body) bool {
+	v, ok := s.seen.get(string(s.id))
+	return s.id.Content() != "" || ok && v.Version != "" && v.Version == b.version
+}
+
+// opened notes what the URL stands for now. A restart knows it as well.
+func (s *urlSource) opened(b *body) bool {
+	s.prove(s.proof)
+	if s.id.Content() != "" {
+		return false
+	}
+	if err := s.seen.put(note{Name: string(s.id), Version: b.version, Checked: time.Now()}); err != nil {
+		s.log.Warn("version of a URL is not kept", zap.Error(err))
+	}
+	return false
+}
+
+// allowed asks the origin whether the caller may read the URL and, where the
+// id does not say what the content is, whether it is still the same. A URL
+// without validators is fetched again when what there is of it is old.
+func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error) {
+	named := s.id.Content() != ""
+	within := proofLife
+	if !named {
+		within = s.fresh
+	}
+	if s.proved(s.proof, within) {
+		return false, nil
+	}
+	b, err := s.ask(ctx, http.MethodHead, "")
+	if r, ok := errors.AsType[*registryproxy.Refusal](err); ok && r.Status != http.StatusTooManyRequests {
+		b, err = s.ask(ctx, http.MethodGet, "bytes=0-0") // its words, and some take no HEAD
+	}
+	if err != nil {
+		return false, err
+	}
+	_ = b.Close()
+	if !named {
+		v, ok := s.seen.get(string(s.id))
+		old := b.version == "" && time.Since(v.Checked) > proofLife
+		if !ok || old || v.Version != b.version || (b.length >= 0 && b.length != c.Layout().Length) {
+			return false, errChanged
+		}
+	}
+	s.prove(s.proof)
+	return false, nil
+}
+
+func (s *urlSource) open(ctx context.Context, off int64) (*body, error) {
+	span := ""
+	if off > 0 {
+		span = fmt.Sprintf("bytes=%d-", off)
+	}
+	b, err := s.ask(ctx, http.MethodGet, span)
+	if err != nil {
+		return nil, err
+	}
+	if b.from > off {
+		_ = b.Close()
+		return nil, fmt.Errorf("read URL at %s: the answer is not the range that was asked for", s.url.Host)
+	}
+	if _, err := io.CopyN(io.Discard, b, off-b.from); err != nil {
+		_ = b.Close()
+		return nil, passing{err}
+	}
+	b.from = off
+	return b, nil
+}
+
+// ask sends one request and follows redirects.
+func (s *urlSource) ask(ctx context.Context, method, span string) (*body, error) {
+	inner, cancel := context.WithCancelCause(ctx)
+	req := (&http.Request{Method: method, URL: s.url, Host: s.url.Host, Header: s.header.Clone()}).WithContext(inner)
+	req.Header.Set("Accept-Encoding", "identity")
+	if span != "" {
+		req.Header.Set("Range", span)
+	}
+	resp, err := s.client.Do(req) //nolint:bodyclose // watched closes it
+	if err != nil {
+		cancel(nil)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if u, ok := errors.AsType[*url.Error](err); ok {
+			err = u.Err // without the URL, which may be signed
+		}
+		return nil, passing{fmt.Errorf("ask %s: %w", s.url.Host, err)}
+	}
+	w := &watched{body: resp.Body, cancel: cancel, stall: s.stall}
+	w.timer = time.AfterFunc(s.stall, func() { cancel(errStalled) })
+	if resp.StatusCode >= 400 {
+		defer func() { _ = w.Close() }()
+		return nil, refusal(resp.StatusCode, resp.Header, w)
+	}
+	b := &body{ReadCloser: w, length: resp.ContentLength, version: version(resp.Header)}
+	if resp.StatusCode == http.StatusPartialContent {
+		if b.from, b.length, err = contentRange(resp.Header.Get("Content-Range")); err != nil {
+			_ = w.Close()
+			return nil, fmt.Errorf("ask %s: %w", s.url.Host, err)
+		}
+	}
+	encoding := resp.Header.Get("Content-Encoding")
+	if resp.StatusCode > 206 || resp.StatusCode < 200 || (encoding != "" && encoding != "identity") {
+		_ = w.Close()
+		return nil, fmt.Errorf("ask %s: no plain answer: status %d, encoding %q", s.url.Host, resp.StatusCode, encoding)
+	}
+	return b, nil
+}
+
+// version is what tells one content of a URL from the next.
+func version(h http.Header) string {
+	v := h.Get("Etag") + "\n" + h.Get("Last-Modified")
+	if v == "\n" || len(v) > 1024 {
+		return ""
+	}
+	return v
+}
+
+// contentRange reads "bytes 5-9/20"; the total is -1 for "*".
+func contentRange(s string) (from, total int64, err error) {
+	span, size, ok := strings.Cut(strings.TrimPrefix(s, "bytes "), "/")
+	first, _, dash := strings.Cut(span, "-")
+	from, err = strconv.ParseInt(first, 10, 64)
+	total = -1
+	if err == nil && size != "*" {
+		total, err = strconv.ParseInt(size, 10, 64)
+	}
+	if err != nil || !ok || !dash || from < 0 || (size != "*" && total <= from) {
+		return 0, 0, errors.New("the answer's range cannot be read")
+	}
+	return from, total, nil
+}
+
+// refusal makes an answer of 400 or above what a caller can be told.
+func refusal(status int, h http.Header, r io.Reader) *registryproxy.Refusal {
+	no := &registryproxy.Refusal{Status: status, Header: http.Header{}}
+	for _, k := range []string{"Content-Type", "Retry-After", "Www-Authenticate"} {
+		if v := h.Values(k); len(v) > 0 {
+			no.Header[k] = slices.Clone(v)
+		}
+	}
+	b := make([]byte, maxRefusal)
+	n, _ := io.ReadFull(r, b) // the status says what counts
+	no.Body = b[:n]
+	return no
+}
+
+var errStalled = errors.New("the connection has stalled")
+
+// watched is a body of which a Read that gets no byte in time fails.
+type watched struct {
+	body   io.ReadCloser
+	cancel context.CancelCauseFunc
+	stall  time.Duration
+	timer  *time.Timer // ends the request; runs during a Read
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	w.timer.Reset(w.stall)
+	n, err := w.body.Read(p)
+	w.timer.Stop()
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = passing{err}
+	}
+	return n, err
+}
+
+func (w *watched) Close() error {
+	w.timer.Stop()
+	w.cancel(nil)
+	return w.body.Close()
+}
