@@ -98,7 +98,7 @@ func (a *Access) prove(ctx context.Context, kind Kind, repo Repository, referenc
 	if err != nil {
 		return err
 	}
-	defer answer.body.Close()
+	defer answer.close()
 	return answer.want(http.StatusOK)
 }
 

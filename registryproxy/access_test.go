@@ -34,7 +34,7 @@ func (g *guarded) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case g.down.Load():
-		w.WriteHeader(503)
+		w.WriteHeader(http.StatusServiceUnavailable)
 	case strings.HasPrefix(r.URL.Path, "/v2/private/") && r.Header.Get("Authorization") != "Bearer good":
 		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
 		WriteError(w, &Error{401, "UNAUTHORIZED", "the registry's own words"})
@@ -44,6 +44,7 @@ func (g *guarded) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func newGuarded(t *testing.T) (*guarded, *Access) {
+	t.Helper()
 	net := newNetwork(t)
 	g := &guarded{}
 	net.serve("reg.test:443", g)
@@ -109,9 +110,8 @@ func TestAccess(t *testing.T) {
 						require.NoError(t, err, "step %d", i)
 						continue
 					}
-					require.IsType(t, &Refusal{}, err, "step %d", i)
-					require.Equal(t, s.status, err.(*Refusal).Status)
-					require.NotEmpty(t, err.(*Refusal).Body, "the registry's own words")
+					require.Equal(t, s.status, refusalOf(t, err).Status)
+					require.NotEmpty(t, refusalOf(t, err).Body, "the registry's own words")
 				}
 			})
 		})
@@ -145,7 +145,7 @@ func TestProved(t *testing.T) {
 		require.False(t, public)
 		require.Zero(t, g.asked.Load())
 		_, err = a.Check(t.Context(), KindBlob, repo, blob, Caller{})
-		require.IsType(t, &Refusal{}, err, "one caller's proof is not another's")
+		_ = refusalOf(t, err)
 
 		a.Proved(KindBlob, repo, blob, Caller{"Bearer other"}, true)
 		for _, who := range []Caller{{}, {"Bearer x"}} {
@@ -170,7 +170,7 @@ func TestAccessInTrouble(t *testing.T) {
 		_, err = a.Check(t.Context(), KindBlob, Repository{"nowhere.test", "app"}, blob, Caller{})
 		require.True(t, IsTemporary(err))
 		_, err = a.Check(t.Context(), KindTags, repo, "", Caller{"x"})
-		require.IsType(t, &Refusal{}, err)
+		_ = refusalOf(t, err)
 	})
 }
 
@@ -211,7 +211,7 @@ func TestAccessBehindSignedURLs(t *testing.T) {
 		net := newNetwork(t)
 		net.handle("store.test:443", store)
 		net.handle("reg.test:443", func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, "https://store.test/b/"+digestOf("blob")+"?signature=s3cr3t", 307)
+			http.Redirect(w, r, "https://store.test/b/"+digestOf("blob")+"?signature=s3cr3t", http.StatusTemporaryRedirect)
 		})
 		c := net.client(Config{})
 		public, err := NewAccess(c.Client, time.Now).Check(t.Context(), KindBlob, public, digestOf("blob"), Caller{})
@@ -226,7 +226,7 @@ func TestAccessIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		net := newNetwork(t)
 		net.handle("reg.test:443", func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(403)
+			w.WriteHeader(http.StatusForbidden)
 			_, _ = io.WriteString(w, strings.Repeat("x", 1000))
 		})
 		a := NewAccess(net.client(Config{}).Client, time.Now)

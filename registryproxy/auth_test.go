@@ -72,8 +72,8 @@ func (tr *tokenRegistry) server(w http.ResponseWriter, r *http.Request) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	q := r.URL.Query()
-	if r.Method != "GET" || q.Get("x") != "y" || q.Get("service") != "reg.test" {
-		http.Error(w, "bad request", 400)
+	if r.Method != http.MethodGet || q.Get("x") != "y" || q.Get("service") != "reg.test" {
+		http.Error(w, "bad request", http.StatusBadRequest)
 		return
 	}
 	token := fmt.Sprintf("token-%d", len(tr.scope))
@@ -220,13 +220,12 @@ func TestTokenAndRedirect(t *testing.T) {
 				tr.registry(w, r)
 				return
 			}
-			http.Redirect(w, r, "https://store.test/?signature=old", 307)
+			http.Redirect(w, r, "https://store.test/?signature=old", http.StatusTemporaryRedirect)
 		})
 		c := net.client(Config{})
 		for range 2 {
 			_, err := c.Blob(t.Context(), public, digestOf("blob"), 0, Caller{})
-			require.IsType(t, &Refusal{}, err)
-			require.Equal(t, 403, err.(*Refusal).Status)
+			require.Equal(t, 403, refusalOf(t, err).Status)
 			require.True(t, IsTemporary(err))
 		}
 		asked, issued := tr.counts()
@@ -260,11 +259,13 @@ func TestOriginalChallenge(t *testing.T) {
 		"header in the token":  {repo: public, broken: body(`{"token":"x\r\nHost: evil"}`)},
 		"token server drips":   {repo: public, broken: drip},
 		"realm on plain HTTP":  {repo: public, realm: "http://auth.test/token?x=y"},
-		"realm leads to plain": {repo: public, broken: func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://auth.test/", 302) }},
-		"realm is no URL":      {repo: public, realm: "::"},
-		"realm is relative":    {repo: public, realm: "/token"},
-		"realm is nowhere":     {repo: public, realm: "https://nowhere.test/token"},
-		"realm is missing":     {repo: public, realm: "-", quiet: true},
+		"realm leads to plain": {repo: public, broken: func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://auth.test/", http.StatusFound)
+		}},
+		"realm is no URL":   {repo: public, realm: "::"},
+		"realm is relative": {repo: public, realm: "/token"},
+		"realm is nowhere":  {repo: public, realm: "https://nowhere.test/token"},
+		"realm is missing":  {repo: public, realm: "-", quiet: true},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -281,8 +282,7 @@ func TestOriginalChallenge(t *testing.T) {
 				}
 				c := net.client(Config{})
 				_, err := c.Manifest(t.Context(), false, tt.repo, "latest", nil, Caller{})
-				require.IsType(t, &Refusal{}, err)
-				r := err.(*Refusal)
+				r := refusalOf(t, err)
 				require.True(t, r.Final())
 				require.Equal(t, 401, r.Status)
 				require.Equal(t, []string{
@@ -327,8 +327,7 @@ func TestCallersToken(t *testing.T) {
 		_, err := c.Manifest(t.Context(), false, private, "latest", nil, Caller{"Bearer hers"})
 		require.NoError(t, err)
 		_, err = c.Manifest(t.Context(), false, private, "latest", nil, Caller{"Bearer his"})
-		require.IsType(t, &Refusal{}, err)
-		require.Contains(t, err.(*Refusal).Header.Get("Www-Authenticate"), "insufficient_scope")
+		require.Contains(t, refusalOf(t, err).Header.Get("Www-Authenticate"), "insufficient_scope")
 		asked, issued := tr.counts()
 		require.Equal(t, []int{2, 0}, []int{asked, issued})
 	})
@@ -381,10 +380,10 @@ func FuzzChallenge(f *testing.F) {
 func store(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.Header.Get("Authorization") != "" || r.Header.Get("Referer") != "":
-		http.Error(w, "one credential too many", 400)
-	case r.URL.Query().Get("signature") != "s3cr3t" || r.Method != "GET":
+		http.Error(w, "one credential too many", http.StatusBadRequest)
+	case r.URL.Query().Get("signature") != "s3cr3t" || r.Method != http.MethodGet:
 		w.Header().Set("WWW-Authenticate", `Bearer realm="https://evil.test/"`)
-		http.Error(w, "the signature does not match", 403)
+		http.Error(w, "the signature does not match", http.StatusForbidden)
 	default:
 		sourceOf("{}", "blob")(w, r)
 	}
@@ -395,7 +394,7 @@ func TestRedirects(t *testing.T) {
 	to := func(url string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) {
 			w.Header()["Location"] = []string{url}
-			w.WriteHeader(307)
+			w.WriteHeader(http.StatusTemporaryRedirect)
 		}
 	}
 	tests := map[string]struct {
@@ -414,7 +413,7 @@ func TestRedirects(t *testing.T) {
 			"": to("https://hop.test/back"),
 			"/back": func(w http.ResponseWriter, r *http.Request) {
 				if r.Header.Get("Authorization") != "" {
-					w.WriteHeader(400)
+					w.WriteHeader(http.StatusBadRequest)
 					return
 				}
 				to("https://store.test/b/"+blob+"?signature=s3cr3t")(w, r)
@@ -427,9 +426,9 @@ func TestRedirects(t *testing.T) {
 		"to plain HTTP":     {routes: map[string]http.HandlerFunc{"": to("http://store.test/?signature=s3cr3t")}, err: "from https to http"},
 		"to a file":         {routes: map[string]http.HandlerFunc{"": to("file:///etc/passwd?s3cr3t")}, err: "a redirect leads"},
 		"to a host of file": {routes: map[string]http.HandlerFunc{"": to("file://host/etc/passwd?s3cr3t")}, err: "a redirect leads from https to file"},
-		"to nowhere":        {routes: map[string]http.HandlerFunc{"": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(302) }}, err: "leads nowhere"},
+		"to nowhere":        {routes: map[string]http.HandlerFunc{"": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusFound) }}, err: "leads nowhere"},
 		"to nonsense":       {routes: map[string]http.HandlerFunc{"": to("https://[s3cr3t")}, err: "leads nowhere"},
-		"not a redirect":    {routes: map[string]http.HandlerFunc{"": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(304) }}, err: "status 304"},
+		"not a redirect":    {routes: map[string]http.HandlerFunc{"": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNotModified) }}, err: "status 304"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -463,8 +462,7 @@ func TestRedirects(t *testing.T) {
 				b, err := c.Blob(t.Context(), public, blob, 1, Caller{alice})
 				switch {
 				case tt.status != 0:
-					require.IsType(t, &Refusal{}, err)
-					r := err.(*Refusal)
+					r := refusalOf(t, err)
 					require.Equal(t, tt.status, r.Status)
 					require.Equal(t, tt.final, r.Final())
 					require.Equal(t, !tt.final, IsTemporary(err))

@@ -1,6 +1,7 @@
 package registryproxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -37,7 +38,7 @@ func (w *watched) Read(p []byte) (int, error) {
 	if w.count != nil {
 		w.count.Add(float64(n))
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && err != io.EOF { //nolint:errorlint // the end is io.EOF itself, and a failure may wrap one
 		err = w.failed(err)
 	}
 	return n, err
@@ -56,7 +57,14 @@ func (w *watched) Close() error {
 func (w *watched) small(limit int64) ([]byte, error) {
 	t := time.AfterFunc(w.stall, func() { w.cancel(errStalled) })
 	defer t.Stop()
-	return io.ReadAll(io.LimitReader(w, limit))
+	return w.upTo(limit)
+}
+
+// upTo reads at most limit bytes. What was read is good also with an error.
+func (w *watched) upTo(limit int64) ([]byte, error) {
+	var b bytes.Buffer
+	_, err := b.ReadFrom(io.LimitReader(w, limit))
+	return b.Bytes(), err
 }
 
 // exact reads n bytes of body, no more, and takes an early end for an error.

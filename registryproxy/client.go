@@ -130,6 +130,9 @@ type answer struct {
 	body   *watched
 }
 
+// close ends the request, of which nothing more is wanted.
+func (a *answer) close() { _ = a.body.Close() }
+
 // ask sends q with the caller's credentials, or without any: then a registry
 // that wants a token gets an anonymous one. When that does not satisfy it, its
 // answer to the bare request is the answer.
@@ -212,7 +215,7 @@ func (c *Client) exchange(ctx context.Context, registry, kind string) *exchange 
 
 // do sends a request with the header, which it owns.
 func (x *exchange) do(method string, u *url.URL, header http.Header) (*answer, error) {
-	resp, redirected, err := x.follow(method, u, header)
+	resp, redirected, err := x.follow(method, u, header) //nolint:bodyclose // whoever has the answer closes it
 	if err != nil {
 		x.cancel(nil)
 		if x.caller.Err() != nil {
@@ -227,7 +230,7 @@ func (x *exchange) do(method string, u *url.URL, header http.Header) (*answer, e
 		x.requests.WithLabelValues(x.kind, resultOK).Inc()
 		return a, nil
 	}
-	defer a.body.Close()
+	defer a.close()
 	r := newRefusal(resp.StatusCode, resp.Header, redirected)
 	r.Body, _ = a.body.small(maxRefusal) // the status says what counts
 	if r.Final() {
@@ -258,7 +261,7 @@ func (x *exchange) follow(method string, u *url.URL, header http.Header) (_ *htt
 			return resp, redirected, nil
 		}
 		_, _ = x.watch(resp).small(maxRedirectBody) // so that the connection can be used again
-		resp.Body.Close()
+		_ = resp.Body.Close()                       // nothing of it matters
 		next, err := redirect(u, resp.Header.Get("Location"))
 		if err != nil {
 			return nil, redirected, err
@@ -305,7 +308,7 @@ func (x *exchange) failed(err error) error {
 	if x.caller.Err() != nil {
 		return fmt.Errorf("registry %s: %w", x.registry, context.Cause(x.caller))
 	}
-	if cause := context.Cause(x.ctx); cause == errStalled || cause == errNoAnswer {
+	if cause := context.Cause(x.ctx); errors.Is(cause, errStalled) || errors.Is(cause, errNoAnswer) {
 		err = cause
 	}
 	return &UpstreamError{x.registry, isPassing(err), err}

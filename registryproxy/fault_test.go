@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -22,7 +23,7 @@ import (
 func reset(w http.ResponseWriter, _ *http.Request) {
 	conn, _, err := w.(http.Hijacker).Hijack()
 	if err == nil {
-		conn.Close()
+		_ = conn.Close()
 	}
 }
 
@@ -43,9 +44,7 @@ func after(h http.HandlerFunc) http.HandlerFunc {
 
 func answers(status int, header http.Header, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
-		for k, v := range header {
-			w.Header()[k] = v
-		}
+		maps.Copy(w.Header(), header)
 		w.WriteHeader(status)
 		_, _ = io.WriteString(w, body)
 	}
@@ -103,14 +102,13 @@ func TestFaults(t *testing.T) {
 				var got []byte
 				if err == nil {
 					got, err = io.ReadAll(b)
-					b.Close()
+					_ = b.Close()
 				}
 				require.Equal(t, tt.takes, time.Since(start))
 				require.Equal(t, tt.got, string(got))
 				require.Equal(t, tt.temporary, IsTemporary(err))
 				if tt.refusal != 0 {
-					require.IsType(t, &Refusal{}, err)
-					require.Equal(t, tt.refusal, err.(*Refusal).Status)
+					require.Equal(t, tt.refusal, refusalOf(t, err).Status)
 					return
 				}
 				if tt.err == "" {
@@ -128,7 +126,7 @@ func raw(s string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		if conn, _, err := w.(http.Hijacker).Hijack(); err == nil {
 			_, _ = io.WriteString(conn, s)
-			conn.Close()
+			_ = conn.Close()
 		}
 	}
 }
@@ -145,7 +143,7 @@ func slowly(s string) http.HandlerFunc {
 
 func after404(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		w.WriteHeader(404)
+		w.WriteHeader(http.StatusNotFound)
 		_, _ = io.WriteString(w, "no such")
 		w.(http.Flusher).Flush()
 		h(w, r)
@@ -154,7 +152,7 @@ func after404(h http.HandlerFunc) http.HandlerFunc {
 
 func redirectWithEndlessPage(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Location", "/elsewhere")
-	w.WriteHeader(307)
+	w.WriteHeader(http.StatusTemporaryRedirect)
 	w.(http.Flusher).Flush()
 	stall(w, r)
 }
@@ -167,13 +165,12 @@ func TestLongRefusal(t *testing.T) {
 		net.handle("reg.test:443", answers(429, header, strings.Repeat("no", 100_000)))
 		c := net.client(Config{})
 		_, err := c.HeadBlob(t.Context(), public, sha256a, Caller{})
-		require.IsType(t, &Refusal{}, err)
-		require.Empty(t, err.(*Refusal).Body)
+		require.Empty(t, refusalOf(t, err).Body)
 		_, err = c.Blob(t.Context(), public, sha256a, 0, Caller{})
-		require.IsType(t, &Refusal{}, err)
+		_ = refusalOf(t, err)
 
 		w := httptest.NewRecorder()
-		err.(*Refusal).Relay(w)
+		refusalOf(t, err).Relay(w)
 		delete(header, "Set-Cookie")
 		header.Set("Content-Length", "65536")
 		require.Equal(t, 429, w.Code)
@@ -191,7 +188,7 @@ func TestSlowReader(t *testing.T) {
 		c := net.client(Config{})
 		b, err := c.Blob(t.Context(), public, digestOf(blob), 0, Caller{})
 		require.NoError(t, err)
-		defer b.Close()
+		defer func() { _ = b.Close() }()
 		var got bytes.Buffer
 		for range 10 {
 			<-time.After(time.Hour)
@@ -232,7 +229,7 @@ func TestCallerLeaves(t *testing.T) {
 		_, err = io.ReadAll(b)
 		require.ErrorIs(t, err, why)
 		require.False(t, IsTemporary(err))
-		b.Close()
+		_ = b.Close()
 		<-ended
 		require.Equal(t, 2*time.Second, time.Since(start))
 		require.Equal(t, 1, c.count("manifest", resultCanceled))
@@ -274,14 +271,14 @@ func TestKeepAlive(t *testing.T) {
 		_, err := c.Manifest(t.Context(), false, Repository{"reg.test", "moved"}, "latest", nil, Caller{})
 		require.NoError(t, err)
 		_, err = c.Manifest(t.Context(), true, Repository{"reg.test", "moved"}, "other", nil, Caller{})
-		require.IsType(t, &Refusal{}, err)
+		_ = refusalOf(t, err)
 		_, err = c.Blob(t.Context(), Repository{"reg.test", "moved"}, sha256a, 0, Caller{})
-		require.IsType(t, &Refusal{}, err)
+		_ = refusalOf(t, err)
 		b, err := c.BlobRange(t.Context(), Repository{"reg.test", "app"}, digestOf("0123456789"), 2, 3, Caller{})
 		require.NoError(t, err)
 		_, err = io.Copy(io.Discard, b)
 		require.NoError(t, err)
-		b.Close()
+		_ = b.Close()
 	}
 	require.Len(t, connections, 1)
 }
@@ -310,7 +307,7 @@ func TestNothingLeaks(t *testing.T) {
 	redirects := func(to string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) {
 			w.Header()["Location"] = []string{to}
-			w.WriteHeader(307)
+			w.WriteHeader(http.StatusTemporaryRedirect)
 		}
 	}
 	challenge := func(realm string) http.HandlerFunc {
@@ -358,7 +355,7 @@ func TestNothingLeaks(t *testing.T) {
 				} else {
 					_, err = io.ReadAll(b)
 					errs = append(errs, err)
-					b.Close()
+					_ = b.Close()
 				}
 				_, err = NewAccess(c.Client, time.Now).Check(t.Context(), KindBlob, repo, sha256a, who)
 				errs = append(errs, err)

@@ -2,6 +2,7 @@ package registryproxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -30,6 +31,7 @@ type network struct {
 }
 
 func newNetwork(t *testing.T) *network {
+	t.Helper()
 	return &network{t: t, hosts: map[string]chan net.Conn{}}
 }
 
@@ -41,7 +43,7 @@ func (n *network) serve(addr string, h http.Handler) {
 	s := &http.Server{Handler: h, ErrorLog: log.New(io.Discard, "", 0)}
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = s.Serve(l) })
-	n.t.Cleanup(func() { s.Close(); wg.Wait() })
+	n.t.Cleanup(func() { _ = s.Close(); wg.Wait() })
 }
 
 func (n *network) handle(addr string, h http.HandlerFunc) { n.serve(addr, h) }
@@ -78,6 +80,7 @@ type testClient struct {
 }
 
 func newTestClient(t *testing.T, cfg Config) *testClient {
+	t.Helper()
 	core, logs := observer.New(zap.DebugLevel)
 	c, err := New(cfg, zap.New(core), prometheus.NewRegistry())
 	require.NoError(t, err)
@@ -142,3 +145,11 @@ func digestOf(s string) string { return digest.FromString(s).String() }
 
 // newDeafHost takes a connection and then does nothing with it.
 func newDeafHost() chan net.Conn { return make(chan net.Conn, 1) }
+
+// refusalOf returns the registry's no that err has to be.
+func refusalOf(t *testing.T, err error) *Refusal {
+	t.Helper()
+	r, ok := errors.AsType[*Refusal](err)
+	require.True(t, ok, "the error is %v", err)
+	return r
+}

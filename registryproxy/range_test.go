@@ -1,6 +1,7 @@
 package registryproxy
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"math/big"
@@ -110,7 +111,7 @@ func FuzzParseRange(f *testing.F) {
 		r, partial, err := ParseRange(header, size)
 		switch {
 		case err != nil:
-			if err != ErrRange || partial || size == 0 {
+			if !errors.Is(err, ErrRange) || partial || size == 0 {
 				t.Fatalf("error %v, partial %v of %d", err, partial, size)
 			}
 		case !partial:

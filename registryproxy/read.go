@@ -54,7 +54,7 @@ func (c *Client) Manifest(ctx context.Context, head bool, repo Repository, refer
 	if err != nil {
 		return nil, err
 	}
-	defer a.body.Close()
+	defer a.close()
 	if err := a.want(http.StatusOK); err != nil {
 		return nil, err
 	}
@@ -84,7 +84,7 @@ func (m *Manifest) read(body *watched) error {
 	if m.Size > MaxManifestSize {
 		return body.failed(permanent("the manifest is larger than 4 MiB"))
 	}
-	b, err := io.ReadAll(io.LimitReader(body, MaxManifestSize+1))
+	b, err := body.upTo(MaxManifestSize + 1)
 	switch {
 	case err != nil:
 		return err
@@ -175,7 +175,7 @@ func (c *Client) blob(ctx context.Context, repo Repository, dgst string, off, n 
 	a.body.count = c.bytes.WithLabelValues(KindBlob.String())
 	b, err := a.blob(off, n)
 	if err != nil {
-		a.body.Close()
+		a.close()
 		return nil, err
 	}
 	return b, nil
@@ -191,16 +191,15 @@ func (a *answer) blob(off, n int64) (*BlobBody, error) {
 	left := a.length // -1 if not known
 	if a.status == http.StatusPartialContent {
 		r, size, ok := parseContentRange(a.header.Get("Content-Range"))
-		switch {
-		case !ok || r.Offset != off || (n < 0 && size >= 0 && off+r.Length != size) ||
+		if !ok || r.Offset != off || (n < 0 && size >= 0 && off+r.Length != size) ||
 			(n >= 0 && r.Length != n && (r.Length > n || off+r.Length != size)) ||
-			(a.length >= 0 && a.length != r.Length):
+			(a.length >= 0 && a.length != r.Length) {
 			return nil, a.body.failed(permanent("the answer is not the range that was asked for"))
 		}
 		b.Length, left = size, r.Length
 	} else if off > 0 || n >= 0 {
 		switch _, err := io.CopyN(io.Discard, a.body, off); {
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return nil, a.body.failed(io.ErrUnexpectedEOF)
 		case err != nil:
 			return nil, err
@@ -224,7 +223,7 @@ func (c *Client) HeadBlob(ctx context.Context, repo Repository, dgst string, who
 	if err != nil {
 		return 0, err
 	}
-	defer a.body.Close()
+	defer a.close()
 	return a.length, a.want(http.StatusOK)
 }
 

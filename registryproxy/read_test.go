@@ -2,9 +2,11 @@ package registryproxy
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -21,6 +23,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/crypto/bcrypt"
 )
@@ -30,8 +33,8 @@ const ociManifest = "application/vnd.oci.image.manifest.v1+json"
 // push puts a blob and a manifest that is made of it into a registry.
 func push(t *testing.T, base, name, blob string, who Caller) (manifest string) {
 	t.Helper()
-	do := func(method, url, contentType, body string) *http.Response {
-		req, err := http.NewRequest(method, url, strings.NewReader(body))
+	do := func(method, url, contentType, body string) (location *url.URL) {
+		req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 		require.NoError(t, err)
 		req.Header.Set("Content-Type", contentType)
 		if who.Authorization != "" {
@@ -39,13 +42,13 @@ func push(t *testing.T, base, name, blob string, who Caller) (manifest string) {
 		}
 		resp, err := http.DefaultClient.Do(req)
 		require.NoError(t, err)
-		resp.Body.Close()
+		_ = resp.Body.Close()
 		require.Less(t, resp.StatusCode, 300, "%s %s", method, url)
-		return resp
+		location, _ = resp.Location()
+		return location
 	}
-	start := do("POST", base+"/v2/"+name+"/blobs/uploads/", "", "")
-	at, err := start.Location()
-	require.NoError(t, err)
+	at := do("POST", base+"/v2/"+name+"/blobs/uploads/", "", "")
+	require.NotNil(t, at)
 	q := at.Query()
 	q.Set("digest", digestOf(blob))
 	at.RawQuery = q.Encode()
@@ -60,6 +63,7 @@ const alice = "Basic YWxpY2U6d29uZGVybGFuZA==" // alice:wonderland
 
 // withPassword lets a registry of distribution know alice.
 func withPassword(t *testing.T) *configuration.Configuration {
+	t.Helper()
 	hash, err := bcrypt.GenerateFromPassword([]byte("wonderland"), bcrypt.MinCost)
 	require.NoError(t, err)
 	file := filepath.Join(t.TempDir(), "htpasswd")
@@ -68,6 +72,7 @@ func withPassword(t *testing.T) *configuration.Configuration {
 }
 
 func distribution(t *testing.T, cfg *configuration.Configuration) http.Handler {
+	t.Helper()
 	logrus.SetOutput(io.Discard)
 	cfg.Storage = configuration.Storage{"inmemory": nil, "maintenance": {"uploadpurging": map[any]any{"enabled": false}}}
 	cfg.Log.AccessLog.Disabled = true
@@ -99,6 +104,7 @@ func TestRealRegistries(t *testing.T) {
 }
 
 func readEverything(t *testing.T, c *testClient, repo Repository, blob, manifest string, who Caller) {
+	t.Helper()
 	ctx := t.Context()
 	for _, ref := range []string{"v1", digestOf(manifest)} {
 		m, err := c.Manifest(ctx, false, repo, ref, []string{ociManifest}, who)
@@ -134,11 +140,11 @@ func readEverything(t *testing.T, c *testClient, repo Repository, blob, manifest
 	var body bytes.Buffer
 	_, err = body.ReadFrom(resp.Body)
 	require.NoError(t, err)
-	resp.Body.Close()
+	_ = resp.Body.Close()
 	require.JSONEq(t, `{"name":"org/app","tags":["v1"]}`, body.String())
 	resp, err = c.Forward(ctx, http.MethodGet, Route{Kind: KindPing, Repo: Repository{repo.Registry, ""}}, nil, nil, who)
 	require.NoError(t, err)
-	resp.Body.Close()
+	_ = resp.Body.Close()
 	require.Equal(t, 200, resp.StatusCode)
 
 	for _, missing := range []func() error{
@@ -147,8 +153,7 @@ func readEverything(t *testing.T, c *testClient, repo Repository, blob, manifest
 		func() error { _, err := c.Blob(ctx, repo, sha256a, 0, who); return err },
 	} {
 		err := missing()
-		require.IsType(t, &Refusal{}, err)
-		r := err.(*Refusal)
+		r := refusalOf(t, err)
 		require.Equal(t, 404, r.Status)
 		require.True(t, r.Final())
 		require.Contains(t, string(r.Body), "_UNKNOWN")
@@ -164,8 +169,7 @@ func TestBasicAuth(t *testing.T) {
 	c := newTestClient(t, Config{Upstreams: []Upstream{{"reg.test", server.URL}}})
 	for _, who := range []Caller{{}, {"Basic YWxpY2U6d3Jvbmc="}, {"Bearer x"}} {
 		_, err := c.Manifest(t.Context(), false, Repository{"reg.test", "org/app"}, "v1", nil, who)
-		require.IsType(t, &Refusal{}, err)
-		r := err.(*Refusal)
+		r := refusalOf(t, err)
 		require.Equal(t, 401, r.Status)
 		require.True(t, r.Final())
 		require.Equal(t, []string{`Basic realm="the registry"`}, r.Header["Www-Authenticate"])
@@ -180,21 +184,21 @@ func TestUncheckedArguments(t *testing.T) {
 	c := newTestClient(t, Config{})
 	for _, repo := range []Repository{{"reg.test/x", "app"}, {"a@b", "app"}, {"", "app"}, {"LOCALHOST:1", "app"}, {"reg.test", "../app"}, {"reg.test", ""}, {"reg.test", "app?x"}} {
 		_, err := c.Blob(t.Context(), repo, sha256a, 0, Caller{})
-		require.IsType(t, &Error{}, err, repo)
+		require.ErrorAs(t, err, new(*Error))
 	}
 	repo := Repository{"reg.test", "app"}
 	_, err := c.Manifest(t.Context(), false, repo, "../x", nil, Caller{})
-	require.IsType(t, &Error{}, err)
+	require.ErrorAs(t, err, new(*Error))
 	_, err = c.HeadBlob(t.Context(), repo, "latest", Caller{})
-	require.IsType(t, &Error{}, err)
+	require.ErrorAs(t, err, new(*Error))
 	_, err = c.Blob(t.Context(), repo, sha256a, -1, Caller{})
 	require.Error(t, err)
 	_, err = c.BlobRange(t.Context(), repo, sha256a, 0, 0, Caller{})
 	require.Error(t, err)
-	_, err = c.Forward(t.Context(), http.MethodDelete, Route{KindTags, repo, ""}, nil, nil, Caller{})
-	require.IsType(t, &Error{}, err)
-	_, err = c.Forward(t.Context(), http.MethodGet, Route{Kind: KindWrite, Repo: repo}, nil, nil, Caller{})
-	require.IsType(t, &Error{}, err)
+	err = c.forward(t.Context(), http.MethodDelete, Route{KindTags, repo, ""}, nil, nil)
+	require.ErrorAs(t, err, new(*Error))
+	err = c.forward(t.Context(), http.MethodGet, Route{Kind: KindWrite, Repo: repo}, nil, nil)
+	require.ErrorAs(t, err, new(*Error))
 }
 
 // Where a registry is: as configured, with its path prefix, or at its name on
@@ -206,8 +210,8 @@ func TestWhereAndWhat(t *testing.T) {
 		source := sourceOf("{}", "blob")
 		record := func(w http.ResponseWriter, r *http.Request) {
 			asked = append(asked, r.Method+" "+r.Host+r.URL.RequestURI())
-			require.Equal(t, "identity", r.Header.Get("Accept-Encoding"))
-			require.Empty(t, r.Header.Values("Cookie"))
+			assert.Equal(t, "identity", r.Header.Get("Accept-Encoding"))
+			assert.Empty(t, r.Header.Values("Cookie"))
 			source(w, r)
 		}
 		for _, addr := range []string{"registry-1.docker.io:443", "plain.test:80", "other.test:443"} {
@@ -221,9 +225,9 @@ func TestWhereAndWhat(t *testing.T) {
 		_, err := c.Manifest(t.Context(), true, Repository{"plain.test", "org/app"}, "latest", nil, Caller{})
 		require.ErrorContains(t, err, "registry plain.test: ", "plain HTTP that nobody configured")
 		header := http.Header{"Accept": {"x/y"}, "Cookie": {"a=b"}}
-		_, err = c.Forward(t.Context(), "GET", Route{KindReferrers, Repository{"docker.io", "app"}, sha256a},
-			url.Values{"artifactType": {"a/b"}, "ns": {"docker.io"}}, header, Caller{})
-		require.IsType(t, &Refusal{}, err)
+		err = c.forward(t.Context(), "GET", Route{KindReferrers, Repository{"docker.io", "app"}, sha256a},
+			url.Values{"artifactType": {"a/b"}, "ns": {"docker.io"}}, header)
+		_ = refusalOf(t, err)
 		require.Equal(t, []string{
 			"HEAD registry-1.docker.io/v2/org/app/manifests/latest",
 			"HEAD plain.test/a/b/v2/org/app/manifests/latest",
@@ -266,10 +270,8 @@ func TestManifestIsChecked(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				net := newNetwork(t)
-				net.handle("reg.test:443", func(w http.ResponseWriter, r *http.Request) {
-					for k, v := range tt.header {
-						w.Header()[k] = v
-					}
+				net.handle("reg.test:443", func(w http.ResponseWriter, _ *http.Request) {
+					maps.Copy(w.Header(), tt.header)
 					w.Header().Set("Content-Type", "x/y; charset=utf-8")
 					_, _ = io.WriteString(w, tt.body)
 				})
@@ -319,9 +321,9 @@ func TestRangesOfABlob(t *testing.T) {
 	const blob = "0123456789"
 	type answer = http.HandlerFunc
 	partial := func(contentRange, body string) answer {
-		return func(w http.ResponseWriter, r *http.Request) {
+		return func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Range", contentRange)
-			w.WriteHeader(206)
+			w.WriteHeader(http.StatusPartialContent)
 			_, _ = io.WriteString(w, body)
 		}
 	}
@@ -332,7 +334,7 @@ func TestRangesOfABlob(t *testing.T) {
 	}
 	noRanges := func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Range") != "" {
-			w.WriteHeader(416)
+			w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
 			return
 		}
 		whole(w, r)
@@ -369,7 +371,7 @@ func TestRangesOfABlob(t *testing.T) {
 		"206 of more":                {off: 4, n: 2, answer: partial("bytes 4-9/10", "456789"), err: "not the range"},
 		"206 of many":                {off: 4, answer: partial("", "--x\r\n"), err: "not the range"},
 		"206 with other length":      {off: 4, answer: partial("bytes 4-9/10", "4567"), err: "not the range"},
-		"204":                        {off: 4, answer: func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) }, err: "status 204"},
+		"204":                        {off: 4, answer: func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }, err: "status 204"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -410,4 +412,13 @@ type chunkedWriter struct{ http.ResponseWriter }
 func (w chunkedWriter) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 	w.ResponseWriter.(http.Flusher).Flush()
+}
+
+// forward asks and wants nothing of the answer but its error.
+func (c *testClient) forward(ctx context.Context, method string, route Route, query url.Values, header http.Header) error {
+	resp, err := c.Forward(ctx, method, route, query, header, Caller{})
+	if err == nil {
+		_ = resp.Body.Close()
+	}
+	return err
 }

@@ -113,7 +113,7 @@ func (c *Client) fetchToken(ctx context.Context, repo Repository, params map[str
 	if err != nil {
 		return "", 0, fmt.Errorf("token server: %w", err)
 	}
-	defer a.body.Close()
+	defer a.close()
 	body, err := a.body.small(maxToken)
 	if err != nil {
 		return "", 0, fmt.Errorf("token server: %w", err)
