@@ -28,7 +28,7 @@ import (
 
 	"damselfly.dev/test/image"
 	"damselfly.dev/test/lab"
-	"damselfly.dev/test/region"
+	"damselfly.dev/test/programs"
 )
 
 // scenarios are what the demo can show; each ends with its verdicts.
@@ -157,7 +157,7 @@ func run(ctx context.Context, cfg config, stdout io.Writer) (err error) {
 
 // install runs the project's own installer, which says nothing where all is there.
 func install(ctx context.Context, stdout io.Writer) error {
-	root, err := region.Root(ctx)
+	root, err := programs.Root(ctx)
 	if err != nil {
 		return err
 	}

@@ -15,7 +15,7 @@ import (
 
 	"damselfly.dev/test/image"
 	"damselfly.dev/test/lab"
-	"damselfly.dev/test/region"
+	"damselfly.dev/test/programs"
 )
 
 // app is the image that all pull.
@@ -27,8 +27,8 @@ type stage struct {
 	out       *report
 	lab       *lab.Lab
 	bin       string
-	registry  *region.Registry
-	supernode *region.Supernode
+	registry  *programs.Registry
+	supernode *programs.Supernode
 	members   []*member
 	contents  []v1.Descriptor
 	size      int64 // of all contents, in bytes
@@ -37,7 +37,7 @@ type stage struct {
 // A member is a host that pulls.
 type member struct {
 	host   *lab.Host
-	daemon *region.Daemon
+	daemon *programs.Daemon
 	engine engine // the one that has pulled through the daemon
 }
 
@@ -50,7 +50,7 @@ type engine interface {
 
 // setUp builds the programs, makes the image, and starts everything.
 func setUp(ctx context.Context, cfg config, out *report) (_ *stage, err error) {
-	cache, err := region.Cache()
+	cache, err := programs.Cache()
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func setUp(ctx context.Context, cfg config, out *report) (_ *stage, err error) {
 	}()
 	out.say("Building supernode and dfdaemon.")
 	s.bin = filepath.Join(s.lab.Dir(), "bin")
-	if err := region.Build(ctx, s.bin); err != nil {
+	if err := programs.Build(ctx, s.bin); err != nil {
 		return nil, err
 	}
 	if err := s.start(ctx, img, hosts[2:]); err != nil {
@@ -99,13 +99,13 @@ func (s *stage) hostConfig(name string) lab.HostConfig {
 }
 
 func (s *stage) start(ctx context.Context, img v1.Image, hosts []lab.HostConfig) (err error) {
-	if s.registry, err = region.StartRegistry(ctx, s.lab.Host("registry"), s.bin); err != nil {
+	if s.registry, err = programs.StartRegistry(ctx, s.lab.Host("registry"), s.bin); err != nil {
 		return err
 	}
 	if err := s.registry.Push(ctx, img, app); err != nil {
 		return err
 	}
-	s.supernode, err = region.StartSupernode(ctx, s.lab.Host("supernode"), s.bin, s.upstreams())
+	s.supernode, err = programs.StartSupernode(ctx, s.lab.Host("supernode"), s.bin, s.upstreams())
 	if err != nil {
 		return err
 	}
@@ -118,12 +118,12 @@ func (s *stage) start(ctx context.Context, img v1.Image, hosts []lab.HostConfig)
 }
 
 func (s *stage) upstreams() map[string]string {
-	return map[string]string{region.RegistryName: s.registry.URL()}
+	return map[string]string{programs.RegistryName: s.registry.URL()}
 }
 
 // join makes a host a member of the region.
 func (s *stage) join(ctx context.Context, h *lab.Host) error {
-	daemon, err := region.StartDaemon(ctx, h, s.bin, s.supernode.URL(), s.upstreams())
+	daemon, err := programs.StartDaemon(ctx, h, s.bin, s.supernode.URL(), s.upstreams())
 	if err != nil {
 		return err
 	}
@@ -134,9 +134,9 @@ func (s *stage) join(ctx context.Context, h *lab.Host) error {
 // newEngine starts an engine with an empty store; an empty mirror means none.
 func (s *stage) newEngine(ctx context.Context, h *lab.Host, mirror string) (engine, error) {
 	if s.cfg.loopback {
-		return region.StartLibrary(h, mirror, s.registry.URL())
+		return programs.StartLibrary(h, mirror, s.registry.URL())
 	}
-	return region.DebianContainerd().Start(ctx, h, mirror, s.registry.URL())
+	return programs.DebianContainerd().Start(ctx, h, mirror, s.registry.URL())
 }
 
 // addresses tells how to look around in what is left running.
@@ -152,7 +152,7 @@ func (s *stage) addresses() {
 	}
 	first := s.members[0]
 	s.out.say("A shell on a host:  %s sh", first.host.Enter())
-	if e, ok := first.engine.(*region.ContainerdEngine); ok {
+	if e, ok := first.engine.(*programs.ContainerdEngine); ok {
 		s.out.say("A pull on it:       %s %s", first.host.Enter(), e.Command(app))
 	}
 }
@@ -206,5 +206,8 @@ func (s *stage) fromRegistry() (byMember map[*member]int64, others int64, err er
 
 // busy says how many of the machine's processors work over a time has used.
 func busy(work, over time.Duration) string {
+	if work == 0 {
+		return "not counted"
+	}
 	return fmt.Sprintf("%.1f of %d", work.Seconds()/over.Seconds(), runtime.NumCPU())
 }

@@ -76,15 +76,19 @@ func inside(path string, f func() error) error {
 	return <-result
 }
 
-// Dial connects from the host to an address that is an IP and a port.
+// Dial connects, over TCP, from the host to an address that is an IP and a port.
 func (h *Host) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	if _, err := netip.ParseAddrPort(address); err != nil {
 		return nil, fmt.Errorf("dial from %s: %w", h.cfg.Name, err)
 	}
+	var dialer net.Dialer
+	if h.lab.cfg.Loopback {
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(h.ip, 0))
+	}
 	var conn net.Conn
 	err := h.Inside(func() error {
 		var err error
-		conn, err = new(net.Dialer).DialContext(ctx, network, address)
+		conn, err = dialer.DialContext(ctx, network, address)
 		return err
 	})
 	if err != nil {

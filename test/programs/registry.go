@@ -1,6 +1,6 @@
 //go:build linux
 
-package region
+package programs
 
 import (
 	"bufio"

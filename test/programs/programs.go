@@ -1,8 +1,8 @@
 //go:build linux
 
-// Package region starts real programs on the hosts of a lab: the registry, the
+// Package programs starts real programs on the hosts of a lab: the registry, the
 // parts of Damselfly, and the engines that pull through it.
-package region
+package programs
 
 import (
 	"bytes"
