@@ -1,0 +1,62 @@
+// Supernode is a region's centre: it asks registries once for all hosts of the
+// region, and tells the hosts who gets which piece from whom.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/spf13/pflag"
+	"go.uber.org/zap"
+
+	"damselfly.dev/cmd/internal/cli"
+	"damselfly.dev/cmd/internal/upstream"
+	"damselfly.dev/supernode"
+)
+
+func main() {
+	cfg := config{supernode.Default()}
+	cli.Command{
+		Use:   "supernode",
+		Short: "The centre of a region: asks registries once for all its hosts",
+		Long: `The hosts' dfdaemons keep a session with it. It gets each blob from its registry
+once, and decides which host gets which piece from whom. Its one listener has
+the hosts' API, /metrics, /healthz, /readyz, and /v2/: a pull-through mirror for
+hosts without a dfdaemon.`,
+		Config: &cfg,
+		Run:    cfg.run,
+	}.Main()
+}
+
+type config struct{ supernode.Config }
+
+// Flags binds the settings.
+func (c *config) Flags(fs *pflag.FlagSet) {
+	fs.StringVar(&c.Listen, "listen", c.Listen, "`host:port` to serve on")
+	fs.StringVar(&c.Advertise, "advertise", c.Advertise, "`host` at which the region's hosts reach this one")
+	fs.StringVar(&c.DataDir, "data-dir", c.DataDir, "where content is kept; one process at a time uses it")
+	fs.Var(cli.Size(&c.Quota), "quota", "most content kept, 0 for no bound; more saves fetches from registries")
+	fs.StringVar(&c.Zone, "zone", c.Zone, "where it stands, as the hosts name theirs")
+	fs.StringVar(&c.Rack, "rack", c.Rack, "where in the zone it stands")
+	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to hosts at once: more serve more hosts, each more slowly")
+	fs.IntVar(&c.MaxHosts, "max-hosts", c.MaxHosts, "most hosts with a session; more take more memory")
+	fs.DurationVar(&c.TagFreshness, "tag-freshness", c.TagFreshness,
+		"how long a registry is not asked again what a tag means: longer saves requests, and shows changes later")
+	fs.DurationVar(&c.StaleFor, "stale-for", c.StaleFor,
+		"how long a tag is served as last known while its registry cannot be reached")
+	upstream.Flags(fs, &c.Registries)
+}
+
+func (c *config) run(ctx context.Context, log *zap.Logger, _ []string) error {
+	ln, err := net.Listen("tcp", c.Listen) //nolint:noctx // at once: the address is this host's
+	if err != nil {
+		return fmt.Errorf("%w: choose another address with --listen", err)
+	}
+	s, err := supernode.New(c.Config, log, cli.Metrics())
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	return s.Run(ctx, ln)
+}
