@@ -258,7 +258,6 @@ func (s *Scheduler) Tick(now time.Time) {
 			s.lagging(tr)
 		}
 	}
-	s.match()
 	s.sweep()
 }
 

@@ -6,15 +6,6 @@ import "time"
 // known yet.
 type rate float64
 
-// mean moves r towards what was seen.
-func (r *rate) mean(seen rate) {
-	if *r == 0 {
-		*r = seen
-		return
-	}
-	*r += (seen - *r) / 32
-}
-
 // best moves r quickly towards faster and slowly towards slower, so that it
 // tells what a host can do: one slow partner does not make the host slow.
 func (r *rate) best(seen rate) {

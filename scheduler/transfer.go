@@ -32,11 +32,6 @@ func (tr *transfer) covers(i int) bool {
 	return uint(i-tr.first) < uint(tr.count) && tr.left&(1<<(i-tr.first)) != 0
 }
 
-// bytes returns the size of what has not come, taking all pieces as whole.
-func (tr *transfer) bytes() int64 {
-	return int64(bits.OnesCount64(tr.left)) * tr.child.task.layout.PieceSize
-}
-
 // find returns the transfer with this id, or nil when it has ended or never was.
 func (s *Scheduler) find(id TransferID) *transfer {
 	slot := id & (1<<slotBits - 1)

@@ -1,0 +1,62 @@
+package scheduler
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"damselfly.dev/pieces"
+)
+
+// BenchmarkDecisions measures one report of a piece and what is decided for it,
+// in a swarm where everything told is done in order, at once.
+func BenchmarkDecisions(b *testing.B) {
+	for _, hosts := range []int{100, 1000, 10000} {
+		b.Run(fmt.Sprintf("hosts=%d", hosts), func(b *testing.B) { benchmarkDecisions(b, hosts, 768) })
+	}
+}
+
+func benchmarkDecisions(b *testing.B, hosts, n int) {
+	b.ReportAllocs()
+	now := time.Unix(0, 0)
+	var s *Scheduler
+	var queue []Decision
+	start := func() {
+		s = New(DefaultConfig(), rand.New(rand.NewPCG(1, 1)))
+		l := pieces.Layout{Length: int64(n) * pieces.MinPieceSize, PieceSize: pieces.MinPieceSize}
+		s.TaskAdd(now, 1, l)
+		s.HostUp(now, 0, Host{Up: 4, Seed: true})
+		s.Join(now, 0, 1, pieces.FullSet(n))
+		for i := range hosts {
+			s.HostUp(now, HostID(i+1), Host{Up: 2, Down: 2})
+			s.Join(now, HostID(i+1), 1, pieces.NewSet(n))
+		}
+		queue = append(queue[:0], s.Decisions()...)
+	}
+	decided, ended := 0, 0
+	start()
+	b.ResetTimer()
+	for range b.N {
+		if ended == len(queue) {
+			b.StopTimer()
+			start()
+			ended = 0
+			b.StartTimer()
+		}
+		d := queue[ended]
+		ended++
+		now = now.Add(time.Microsecond)
+		for i := range d.Count {
+			s.Done(now, d.Host, d.Transfer, d.First+i)
+		}
+		told := s.Decisions()
+		decided += len(told)
+		queue = append(queue, told...)
+		if ended > 1<<16 {
+			queue = append(queue[:0], queue[ended:]...)
+			ended = 0
+		}
+	}
+	b.ReportMetric(float64(decided)/b.Elapsed().Seconds(), "decisions/s")
+}
