@@ -103,10 +103,10 @@ func (s *stage) pull(ctx context.Context, members []*member, direct bool, meanwh
 		return nil, err
 	}
 	r.busy = busy(s.cpu()-cpu, time.Since(began))
-	if err := s.count(ctx, r, before, direct); err != nil {
+	if err := s.verify(members, engines, direct); err != nil {
 		return nil, err
 	}
-	return r, s.verify(members, engines, direct)
+	return r, s.count(ctx, r, before, direct)
 }
 
 func fetch(ctx context.Context, e engine, r *result) error {

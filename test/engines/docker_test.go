@@ -15,7 +15,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -43,7 +42,7 @@ func startDocker(ctx context.Context, h *lab.Host, mirror string) (*docker, erro
 		return nil, err
 	}
 	socket := filepath.Join(dir, "sock")
-	p, err := h.Start("dockerd", exec.Command(dockerd, "--config-file", filepath.Join(dir, "daemon.json"), //nolint:gosec // G204: a fixed program
+	p, err := h.Start("dockerd", private(dockerd, "--config-file", filepath.Join(dir, "daemon.json"),
 		"--data-root", filepath.Join(dir, "data"), "--exec-root", filepath.Join(dir, "exec"), "--pidfile", filepath.Join(dir, "pid"),
 		"--host", "unix://"+socket, "--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false",
 		"--registry-mirror", mirror))
@@ -65,7 +64,7 @@ func startDocker(ctx context.Context, h *lab.Host, mirror string) (*docker, erro
 		case <-ctx.Done():
 			return nil, errors.Join(err, context.Cause(ctx))
 		case <-p.Done():
-			return nil, errors.Join(errors.New("dockerd has ended"), p.Wait(ctx))
+			return nil, fmt.Errorf("dockerd has ended; it said: %s", p.LastWords())
 		case <-tick.C:
 		}
 	}
@@ -112,7 +111,8 @@ func pullDocker(ctx context.Context, h *lab.Host, mirror, _ string, img v1.Image
 			return fmt.Errorf("dockerd says %s", event.Error)
 		}
 	}
-	return errors.Join(d.verify(ctx, img), d.process.Stop(ctx))
+	defer d.process.Kill() // it takes ten seconds to stop by itself
+	return d.verify(ctx, img)
 }
 
 // verify holds dockerd's image, as it would be exported, against img.

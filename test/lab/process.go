@@ -125,14 +125,14 @@ func (p *Process) Wait(ctx context.Context) error {
 		return fmt.Errorf("wait for %s: %w", p.name, context.Cause(ctx))
 	case <-p.done:
 		if p.err != nil {
-			return fmt.Errorf("%s: %w; it said: %s", p.name, p.err, p.lastWords())
+			return fmt.Errorf("%s: %w; it said: %s", p.name, p.err, p.LastWords())
 		}
 		return nil
 	}
 }
 
-// lastWords is the end of the process's log.
-func (p *Process) lastWords() []byte {
+// LastWords is the end of the process's log.
+func (p *Process) LastWords() []byte {
 	const most = 800
 	log, err := os.ReadFile(p.log)
 	if err != nil {

@@ -70,7 +70,7 @@ func (c Containerd) Start(ctx context.Context, h *lab.Host, mirror, registry str
 	}
 	err = until(ctx, e.process, func(ctx context.Context) error { return e.ctr(ctx, "version") })
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("start containerd on %s: %w (its log: %s)", h.Name(), err, e.process.Log()), e.Close())
+		return nil, errors.Join(fmt.Errorf("start containerd on %s: %w; it said: %s", h.Name(), err, e.process.LastWords()), e.Close())
 	}
 	return e, nil
 }

@@ -89,7 +89,7 @@ func serve(ctx context.Context, h *lab.Host, name string, cmd *exec.Cmd, health,
 	s := &server{Process: p, Host: h, client: client, health: health, metrics: metrics}
 	if err := until(ctx, p, s.healthy); err != nil {
 		p.Kill()
-		return nil, fmt.Errorf("start %s on %s: %w (its log: %s)", name, h.Name(), err, p.Log())
+		return nil, fmt.Errorf("start %s on %s: %w; it said: %s", name, h.Name(), err, p.LastWords())
 	}
 	return s, nil
 }
@@ -107,7 +107,7 @@ func until(ctx context.Context, p *lab.Process, ready func(context.Context) erro
 		}
 		select {
 		case <-p.Done():
-			return errors.Join(p.Wait(ctx), errors.New("ended before it was ready"))
+			return errors.New("it ended")
 		case <-ctx.Done():
 			return errors.Join(err, context.Cause(ctx))
 		case <-tick.C:
