@@ -187,6 +187,10 @@ func (s *Store) load(trusted func(TaskID) bool) error {
 	return nil
 }
 
+// Dir returns the directory of the store. Its owner may keep small files of its
+// own there, under names that are no task's and no temporary ones.
+func (s *Store) Dir() string { return s.root.Name() }
+
 // Close ends the use of the store: all that it has is made durable, so that the
 // next OpenStore can trust it, and waiting readers get ErrClosed. Contents that
 // are still pinned serve what they have open and take no more pieces.

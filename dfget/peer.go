@@ -1,0 +1,209 @@
+// Package dfget is the peer: it gets contents by pieces from others and serves
+// them onward. It also holds what the dfget command needs besides.
+package dfget
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	defaultLanes = 4
+	maxLanes     = 1024 // what a supernode believes
+	dialTimeout  = 2 * time.Second
+)
+
+// PeerConfig is what a peer may be told.
+type PeerConfig struct {
+	// Supernodes are base URLs of the region's supernodes, tried in turn; one
+	// session stands at a time. With none, all bytes come from the origin.
+	Supernodes []string
+	// Host is the host's own id, at most 64 bytes. "" is a random one, made once
+	// and kept in the store's directory.
+	Host string
+	// Advertise is the host:port at which other peers reach Handler; an empty host
+	// is the address the supernode sees. "" is a peer that only takes.
+	Advertise string
+	// Zone and Rack say where the host stands; hosts near by are preferred.
+	Zone, Rack string
+	// UpLanes and DownLanes are how many transfers share the host's bandwidth each
+	// way; 0 is 4. They should be equal: downloads that outnumber uploads starve
+	// each other. More lanes make each slower and take a piece of memory each.
+	UpLanes, DownLanes int
+}
+
+func (c *PeerConfig) validate() error {
+	for _, base := range c.Supernodes {
+		u, err := url.Parse(base)
+		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.RawQuery != "" {
+			return fmt.Errorf("supernode %q: want a URL such as http://10.0.0.1:8002", base)
+		}
+	}
+	if c.Advertise != "" {
+		if _, _, err := net.SplitHostPort(c.Advertise); err != nil {
+			return fmt.Errorf("advertised address %q: want host:port", c.Advertise)
+		}
+	}
+	if len(c.Host) > maxHost {
+		return fmt.Errorf("host id of %d bytes: want at most %d", len(c.Host), maxHost)
+	}
+	for _, lanes := range []*int{&c.UpLanes, &c.DownLanes} {
+		if *lanes == 0 {
+			*lanes = defaultLanes
+		}
+		if *lanes < 1 || *lanes > maxLanes {
+			return fmt.Errorf("%d lanes: want 1 to %d", *lanes, maxLanes)
+		}
+	}
+	return nil
+}
+
+// Peer takes part in the swarm of a region for one host. Its store stays the
+// caller's, who closes it after Run has returned and the last Stream is closed.
+type Peer struct {
+	cfg     PeerConfig
+	store   *pieces.Store
+	log     *zap.Logger
+	metrics *metrics
+	client  *http.Client // of sessions and transfers
+	queue   chan *transfer
+	slots   chan struct{} // taken by each upload
+	tickets tickets
+	group   *errgroup.Group // of Run, for what runs in it to add to
+	rate    atomic.Int64    // bytes a second of one transfer, as measured lately; 0 is unknown
+
+	// mu guards what follows, the fields of tasks that say so, and no I/O.
+	mu      sync.Mutex
+	session *session // nil while none stands
+	up      chan struct{}
+	lost    time.Time // when the last session ended
+	tasks   map[pieces.TaskID]*task
+}
+
+// NewPeer returns a peer that keeps its pieces in store. It does nothing in the
+// swarm before Run; until then, as without any supernode, Open asks the origin.
+func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheus.Registerer) (*Peer, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Host == "" {
+		var err error
+		if cfg.Host, err = hostID(store.Dir()); err != nil {
+			return nil, err
+		}
+	}
+	m, err := newMetrics(reg)
+	if err != nil {
+		return nil, err
+	}
+	return &Peer{
+		cfg: cfg, store: store, log: log, metrics: m,
+		client: &http.Client{
+			Transport: &http.Transport{
+				DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+				TLSHandshakeTimeout: dialTimeout,
+				MaxIdleConns:        512,
+				MaxIdleConnsPerHost: 2 * cfg.DownLanes,
+				IdleConnTimeout:     time.Minute,
+				DisableCompression:  true,
+			},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		queue: make(chan *transfer, 2*cfg.DownLanes),
+		slots: make(chan struct{}, 2*cfg.UpLanes),
+		up:    make(chan struct{}),
+		tasks: make(map[pieces.TaskID]*task),
+	}, nil
+}
+
+// Run keeps a session with a supernode and makes the transfers it assigns, until
+// ctx ends. It returns when all that it began has ended. It may be called once.
+func (p *Peer) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	p.group = group
+	for range p.cfg.DownLanes {
+		group.Go(func() error { return p.work(ctx) })
+	}
+	group.Go(func() error { return p.keepSession(ctx) })
+	err := group.Wait()
+	p.client.CloseIdleConnections()
+	for {
+		select {
+		case tr := <-p.queue:
+			p.ended(tr, &failure{why: api.Local, err: err})
+		default:
+			return err
+		}
+	}
+}
+
+// work makes one transfer after another.
+func (p *Peer) work(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case tr := <-p.queue:
+			p.run(tr)
+		}
+	}
+}
+
+// Supernode returns the base URL of the supernode with which a session stands
+// now, if any does.
+func (p *Peer) Supernode() (base string, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.session == nil {
+		return "", false
+	}
+	return p.session.base, true
+}
+
+// Ready returns when a session stands, or the cause of ctx's end.
+func (p *Peer) Ready(ctx context.Context) error {
+	p.mu.Lock()
+	up := p.up
+	p.mu.Unlock()
+	select {
+	case <-up:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Evicted tells the region that the store has evicted a task; it is what the
+// owner of the store has OnEvict call.
+func (p *Peer) Evicted(id pieces.TaskID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := p.session
+	switch {
+	case s == nil:
+	case p.tasks[id] != nil: // it is coming again, from the beginning
+		s.send(holdMessage(p.store, id))
+	default:
+		s.send(leaveMessage(id))
+	}
+}
+
+// Errors of a Peer that has no answer of the region's to give.
+var (
+	errNoSession = errors.New("no session with a supernode")
+	errNotNow    = errors.New("the region cannot serve the task")
+)

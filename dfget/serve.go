@@ -1,0 +1,212 @@
+package dfget
+
+import (
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	maxTickets  = 4096    // remembered as good
+	sendStep    = 1 << 20 // bytes that a child must take
+	sendTimeout = 30 * time.Second
+)
+
+// tickets knows which tickets are good: those signed with the key of the
+// present or the last supernode.
+type tickets struct {
+	mu            sync.Mutex // guards what follows
+	now, previous ed25519.PublicKey
+	good          map[string]api.Ticket
+}
+
+// learn takes in the key of a new session.
+func (t *tickets) learn(key ed25519.PublicKey) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !key.Equal(t.now) {
+		t.now, t.previous, t.good = key, t.now, nil
+	}
+}
+
+func (t *tickets) check(signed string, id pieces.TaskID, now time.Time) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if k, ok := t.good[signed]; ok && k.Task == string(id) && now.Unix() < k.Expires {
+		return nil
+	}
+	k, err := api.VerifyTicket(t.now, signed, id, now)
+	if err != nil {
+		k, err = api.VerifyTicket(t.previous, signed, id, now)
+	}
+	if err != nil {
+		return err
+	}
+	if t.good == nil || len(t.good) >= maxTickets {
+		t.good = make(map[string]api.Ticket)
+	}
+	t.good[signed] = k
+	return nil
+}
+
+// Handler serves the pieces that are there to holders of a ticket: GET
+// api.ContentPath with one Range. Its connections must have no write timeout.
+func (p *Peer) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+api.TasksPath+"/{id}/content", func(w http.ResponseWriter, r *http.Request) {
+		if no := p.content(w, r); no != nil {
+			no.write(w)
+		}
+	})
+	return mux
+}
+
+// refused is an answer in the API's error form.
+type refused struct {
+	status int
+	api.Error
+}
+
+func (no *refused) write(w http.ResponseWriter) {
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set(api.ErrorHeader, no.Code)
+	w.WriteHeader(no.status)
+	_ = json.NewEncoder(w).Encode(no.Error) // to a child that may be gone
+}
+
+func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
+	id, err := pieces.ParseTaskID(r.PathValue("id"))
+	if err != nil {
+		return &refused{http.StatusBadRequest, api.Error{Code: api.CodeBadRequest, Message: err.Error()}}
+	}
+	if err := p.tickets.check(r.Header.Get(api.TicketHeader), id, time.Now()); err != nil {
+		return &refused{http.StatusUnauthorized, api.Error{Code: api.CodeUnauthorized, Message: err.Error() + ": join the task at the supernode"}}
+	}
+	select {
+	case p.slots <- struct{}{}:
+		defer func() { <-p.slots }()
+	default:
+		w.Header().Set(api.RetryHeader, strconv.FormatInt(defaultBusy.Milliseconds(), 10))
+		return &refused{http.StatusServiceUnavailable, api.Error{Code: api.CodeBusy, Message: "all upload lanes are taken: come back after " + api.RetryHeader}}
+	}
+	c, err := p.store.Get(id)
+	if err != nil {
+		return &refused{http.StatusNotFound, api.Error{Code: api.CodeNotFound, Message: "this host has nothing of the task"}}
+	}
+	defer c.Release()
+	off, n, err := parseRange(r.Header.Get("Range"), c.Layout().Length)
+	if err != nil {
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", c.Layout().Length))
+		return &refused{http.StatusRequestedRangeNotSatisfiable, api.Error{Code: api.CodeRange, Message: err.Error()}}
+	}
+	if !p.holds(c, off, n) {
+		return &refused{http.StatusNotFound, api.Error{Code: api.CodeNotFound, Message: "this host lacks a piece of the range"}}
+	}
+	p.sendRange(w, r, c, off, n)
+	return nil
+}
+
+// holds tells whether all n bytes from off on are there and right. A piece that
+// turns out not to be makes the supernode hear what there is.
+func (p *Peer) holds(c *pieces.Content, off, n int64) bool {
+	have := c.Have()
+	first, end := c.Layout().Span(off, n)
+	for i := first; i < end; i++ {
+		if c.Has(i) {
+			continue
+		}
+		p.mu.Lock()
+		if have.Has(i) && p.session != nil {
+			p.session.send(holdMessage(p.store, c.ID()))
+		}
+		p.mu.Unlock()
+		return false
+	}
+	return true
+}
+
+// sendRange answers with the range; a child that does not take it is cut off.
+func (p *Peer) sendRange(w http.ResponseWriter, r *http.Request, c *pieces.Content, off, n int64) {
+	h, size := w.Header(), c.Layout().Length
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Content-Length", strconv.FormatInt(n, 10))
+	status := http.StatusOK
+	if r.Header.Get("Range") != "" {
+		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, size))
+		status = http.StatusPartialContent
+	}
+	w.WriteHeader(status)
+	if r.Method == http.MethodHead {
+		return
+	}
+	control := http.NewResponseController(w)
+	defer func() { _ = control.SetWriteDeadline(time.Time{}) }() // where there is none, none was set
+	for n > 0 {
+		_ = control.SetWriteDeadline(time.Now().Add(sendTimeout))
+		sent, err := c.CopyRange(w, off, min(n, sendStep))
+		p.metrics.sent.Add(float64(sent))
+		if err != nil {
+			if ce := p.log.Check(zap.DebugLevel, "upload broke off"); ce != nil {
+				ce.Write(zap.String("task", string(c.ID())), zap.Error(err))
+			}
+			return
+		}
+		off, n = off+sent, n-sent
+	}
+}
+
+var errRange = errors.New("want one range inside the content, as bytes=FIRST-LAST")
+
+// parseRange reads what a child asks for of size bytes: "bytes=a-b", "bytes=a-",
+// or nothing for all.
+func parseRange(s string, size int64) (off, n int64, err error) {
+	if s == "" {
+		return 0, size, nil
+	}
+	span, ok := strings.CutPrefix(s, "bytes=")
+	a, b, dash := strings.Cut(span, "-")
+	if !ok || !dash {
+		return 0, 0, errRange
+	}
+	last := size - 1
+	first, err := strconv.ParseUint(a, 10, 63)
+	if err == nil && b != "" {
+		var u uint64
+		u, err = strconv.ParseUint(b, 10, 63)
+		last = min(int64(u), last)
+	}
+	if err != nil || int64(first) > last {
+		return 0, 0, errRange
+	}
+	return int64(first), last - int64(first) + 1, nil
+}
+
+// parseContentRange reads "bytes 5-9/20" or "bytes 5-9/*"; then the size is -1.
+func parseContentRange(s string) (first, size int64, err error) {
+	span, ok := strings.CutPrefix(s, "bytes ")
+	span, total, slash := strings.Cut(span, "/")
+	a, b, dash := strings.Cut(span, "-")
+	first, err1 := strconv.ParseInt(a, 10, 64)
+	last, err2 := strconv.ParseInt(b, 10, 64)
+	size = -1
+	var err3 error
+	if total != "*" {
+		size, err3 = strconv.ParseInt(total, 10, 64)
+	}
+	if !ok || !slash || !dash || errors.Join(err1, err2, err3) != nil || first < 0 || last < first || size >= 0 && last >= size {
+		return 0, 0, fmt.Errorf("Content-Range %.50q is not one", s)
+	}
+	return first, size, nil
+}

@@ -1,0 +1,290 @@
+package dfget
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	helloTimeout = 5 * time.Second // for all that goes before the first batch
+	minBackOff   = 100 * time.Millisecond
+	maxBackOff   = 2 * time.Second
+
+	frameSize = 256 << 10 // bytes that a batch is filled to, by estimate
+	maxQueued = 1 << 16   // messages waiting to be written; more end the session
+)
+
+// session is one connection with a supernode, from the Welcome to its end.
+type session struct {
+	base string
+	conn *api.Conn[api.Down, api.Up]
+	life context.Context // of Run: what is assigned may outlive the session
+
+	// Guarded by Peer.mu.
+	over    bool
+	seq     uint64
+	joins   map[uint64]*Stream // what waits for an answer
+	nums    map[int32]*task
+	running map[uint64]*transfer // assigned and not ended
+	queue   []message
+	wake    chan struct{} // holds one token while the queue may hold something
+}
+
+// message is one element of a batch. Its size is an estimate in bytes; after
+// one that is last nothing may follow in the same batch.
+type message struct {
+	size int
+	last bool
+	add  func(*api.Up)
+}
+
+// leaveMessage is last: what follows it, such as a Join of the same task, would
+// be acted on before it.
+func leaveMessage(id pieces.TaskID) message {
+	return message{size: 96, last: true, add: func(u *api.Up) { u.Leave = append(u.Leave, api.Leave{Task: string(id)}) }}
+}
+
+// holdMessage says what the store has of a task at the time it is written, so
+// that it can never take back a piece reported before.
+func holdMessage(store *pieces.Store, id pieces.TaskID) message {
+	return message{size: pieces.MaxPieces / 8, add: func(u *api.Up) {
+		c, err := store.Get(id)
+		if err != nil {
+			return
+		}
+		defer c.Release()
+		have := c.Have()
+		u.Hold = append(u.Hold, api.Hold{Task: string(id), Layout: c.Layout(), Have: have.Bytes()})
+	}}
+}
+
+// send queues a message; after the session's end nobody hears it. Peer.mu is held.
+func (s *session) send(m message) {
+	if s.over {
+		return
+	}
+	s.queue = append(s.queue, m)
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// report is send for who does not hold Peer.mu.
+func (p *Peer) report(s *session, m message) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s.send(m)
+}
+
+// keepSession opens one session after another until ctx ends.
+func (p *Peer) keepSession(ctx context.Context) error {
+	pause := minBackOff
+	for len(p.cfg.Supernodes) > 0 {
+		for _, base := range p.cfg.Supernodes {
+			began := time.Now()
+			stood, err := p.serve(ctx, base)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			p.log.Warn("no session with the supernode", zap.String("supernode", base), zap.Error(err))
+			if time.Since(began) > maxBackOff {
+				pause = minBackOff
+			}
+			if stood {
+				break // the first one is preferred again
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pause/2 + rand.N(pause/2)): //nolint:gosec // no secret: hosts should not come all at once
+		}
+		pause = min(2*pause, maxBackOff)
+	}
+	<-ctx.Done()
+	return context.Cause(ctx)
+}
+
+// serve opens a session with one supernode and follows it to its end. It tells
+// whether the session stood.
+func (p *Peer) serve(ctx context.Context, base string) (stood bool, err error) {
+	s, key, err := p.dial(ctx, base)
+	if err != nil {
+		return false, err
+	}
+	p.tickets.learn(key)
+	s.life = ctx
+	p.begin(s)
+	p.log.Info("session stands", zap.String("supernode", base))
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.conn.KeepAlive(ctx) })
+	group.Go(func() error { return p.write(ctx, s) })
+	group.Go(func() error {
+		for {
+			down, err := s.conn.Read(ctx)
+			if err != nil {
+				return err
+			}
+			p.follow(s, down)
+		}
+	})
+	group.Go(func() error { // a Read or Write that does not see ctx ends with the connection
+		<-ctx.Done()
+		s.conn.CloseNow()
+		return context.Cause(ctx)
+	})
+	err = group.Wait()
+	p.end(s)
+	return true, err
+}
+
+// dial opens the connection and greets.
+func (p *Peer) dial(ctx context.Context, base string) (*session, ed25519.PublicKey, error) {
+	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
+	defer cancel()
+	conn, err := api.Dial(ctx, p.client, base)
+	if err != nil {
+		return nil, nil, err
+	}
+	hello := api.Hello{
+		Version: api.Version, Host: p.cfg.Host, Addr: p.cfg.Advertise,
+		Up: p.cfg.UpLanes, Down: p.cfg.DownLanes, Zone: p.cfg.Zone, Rack: p.cfg.Rack,
+	}
+	var down api.Down
+	if err = conn.Write(ctx, api.Up{Hello: &hello}); err == nil {
+		down, err = conn.Read(ctx)
+	}
+	switch w := down.Welcome; {
+	case err != nil:
+	case w == nil || w.Version != api.Version:
+		err = fmt.Errorf("the supernode at %s speaks another version: use the same one here and there", base)
+	case len(w.TicketKey) != ed25519.PublicKeySize:
+		err = fmt.Errorf("the supernode at %s sent no key for tickets", base)
+	default:
+		return &session{
+			base: base, conn: conn,
+			joins: make(map[uint64]*Stream), nums: make(map[int32]*task), running: make(map[uint64]*transfer),
+			wake: make(chan struct{}, 1),
+		}, ed25519.PublicKey(w.TicketKey), nil
+	}
+	conn.CloseNow()
+	return nil, nil, err
+}
+
+// begin makes s the session: the supernode is told what the store holds, and
+// what streams still need is joined again.
+func (p *Peer) begin(s *session) {
+	held := p.store.Tasks()
+	slices.SortFunc(held, func(a, b pieces.Held) int { return b.LastUse.Compare(a.LastUse) }) // past its bound the supernode takes no more
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, h := range held {
+		s.send(message{size: 128 + (h.Layout.Count()+7)/8, add: func(u *api.Up) {
+			u.Hold = append(u.Hold, api.Hold{Task: string(h.ID), Layout: h.Layout, Have: h.Have.Bytes()})
+		}})
+	}
+	p.session = s
+	close(p.up)
+	p.metrics.session.Set(1)
+	for _, t := range p.tasks {
+		for st := range t.streams {
+			if !t.complete {
+				p.joinLocked(s, st)
+			}
+		}
+	}
+}
+
+// end takes s away. What was asked of it has no answer; what it assigned goes on.
+func (p *Peer) end(s *session) {
+	p.mu.Lock()
+	p.session, p.lost, p.up = nil, time.Now(), make(chan struct{})
+	p.metrics.session.Set(0)
+	s.over, s.queue = true, nil
+	for seq := range s.joins {
+		s.answerLocked(seq, answer{err: errNoSession})
+	}
+	var idle []*pieces.Content
+	for _, t := range p.tasks {
+		t.session = nil
+		idle = append(idle, p.settleLocked(t))
+	}
+	p.mu.Unlock()
+	release(idle...)
+}
+
+// write sends what is queued, as much as fits in one batch at a time.
+func (p *Peer) write(ctx context.Context, s *session) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-s.wake:
+		}
+		for {
+			p.mu.Lock()
+			n, over := s.batchLocked(), len(s.queue) > maxQueued
+			batch := s.queue[:n]
+			s.queue = s.queue[n:]
+			p.mu.Unlock()
+			if over {
+				return errors.New("the supernode does not keep up")
+			}
+			if n == 0 {
+				break
+			}
+			var up api.Up
+			for _, m := range batch {
+				m.add(&up)
+			}
+			if err := s.conn.Write(ctx, up); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// batchLocked returns how many messages go into the next batch.
+func (s *session) batchLocked() int {
+	size := 0
+	for i, m := range s.queue {
+		size += m.size
+		if size > frameSize && i > 0 {
+			return i
+		}
+		if m.last {
+			return i + 1
+		}
+	}
+	return len(s.queue)
+}
+
+// joinLocked asks for st's task on its behalf.
+func (p *Peer) joinLocked(s *session, st *Stream) {
+	s.seq++
+	seq, origin, id := s.seq, st.origin, st.task.id
+	s.joins[seq] = st
+	st.task.asked++
+	size := 256
+	for k, vs := range origin.Header {
+		for _, v := range vs {
+			size += len(k) + len(v) + 8
+		}
+	}
+	s.send(holdMessage(p.store, id))
+	s.send(message{size: size + len(origin.URL), add: func(u *api.Up) {
+		u.Join = append(u.Join, api.Join{Seq: seq, Task: string(id), Origin: origin})
+	}})
+}

@@ -1,0 +1,364 @@
+package dfget
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	wantRun   = 16                     // pieces that a reader of a bounded range asks for at once
+	wantEvery = 250 * time.Millisecond // between two Wants of a task
+)
+
+// task is the host's part in one task, shared by all its streams. It lives while
+// a stream needs it or the download goes on; when the region can no longer give
+// the task here it is over, and the next Open begins another one.
+type task struct {
+	id    pieces.TaskID
+	over  chan struct{}
+	moved atomic.Int64 // when anything of it last came, in Unix nanoseconds
+	come  atomic.Int64 // when a piece last came
+
+	fromPeers, fromSupernode atomic.Int64 // bytes
+
+	// Guarded by Peer.mu.
+	streams  map[*Stream]struct{}
+	content  *pieces.Content // pinned, from the first grant on
+	session  *session        // through which the task is joined now
+	num      int32           // in that session
+	ticket   string
+	asked    int // joins without an answer
+	coming   int // transfers that have not ended
+	checking bool
+	check    bool // once more
+	complete bool
+	want     api.Want // the last one
+	wanted   time.Time
+	fetched  int64 // bytes that the supernode has, by its last Progress,
+	progress time.Time
+}
+
+func (t *task) touch(now time.Time) { t.moved.Store(now.UnixNano()) }
+
+func (t *task) isOver() bool {
+	select {
+	case <-t.over:
+		return true
+	default:
+		return false
+	}
+}
+
+// settleLocked ends t when nothing is left to do for it, and returns what is then
+// to be released.
+func (p *Peer) settleLocked(t *task) *pieces.Content {
+	if len(t.streams) > 0 || t.asked > 0 || t.coming > 0 || t.checking || t.session != nil && !t.complete {
+		return nil
+	}
+	p.forgetLocked(t)
+	c := t.content
+	t.content = nil
+	return c
+}
+
+func (p *Peer) forgetLocked(t *task) {
+	if p.tasks[t.id] == t {
+		delete(p.tasks, t.id)
+	}
+	if s := t.session; s != nil && s.nums[t.num] == t {
+		delete(s.nums, t.num)
+	}
+	t.session = nil
+}
+
+func release(contents ...*pieces.Content) {
+	for _, c := range contents {
+		if c != nil {
+			c.Release()
+		}
+	}
+}
+
+// giveUp makes t over: its streams turn to their origin.
+func (p *Peer) giveUp(t *task) {
+	p.mu.Lock()
+	if !t.isOver() {
+		close(t.over)
+	}
+	if s := t.session; s != nil {
+		for id, tr := range s.running {
+			if tr.task == t {
+				delete(s.running, id)
+				tr.cancel(errCancelled)
+			}
+		}
+	}
+	p.forgetLocked(t)
+	idle := p.settleLocked(t)
+	p.mu.Unlock()
+	release(idle)
+}
+
+// follow acts on one batch from the supernode. It is called by one goroutine at
+// a time.
+func (p *Peer) follow(s *session, d api.Down) {
+	for _, m := range d.Task {
+		p.granted(s, m)
+	}
+	for _, m := range d.Refused {
+		p.mu.Lock()
+		s.answerLocked(m.Seq, answer{err: refusal(m)})
+		p.mu.Unlock()
+	}
+	for _, m := range d.Digests {
+		p.learn(s, m)
+	}
+	for _, m := range d.Assign {
+		p.assigned(s, m)
+	}
+	for _, id := range d.Cancel {
+		p.mu.Lock()
+		if tr := s.running[id]; tr != nil {
+			delete(s.running, id)
+			tr.cancel(errCancelled)
+		}
+		p.mu.Unlock()
+	}
+	for _, m := range d.Invalidate {
+		if id, err := pieces.ParseTaskID(m.Task); err == nil {
+			p.drop(id, m.Reason)
+		}
+	}
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, m := range d.Progress {
+		if t := s.nums[m.Task]; t != nil {
+			t.fetched, t.progress = m.Fetched, now
+			t.touch(now)
+		}
+	}
+}
+
+// refusal is what a stream is told when its Join is not granted.
+func refusal(m api.Refused) error {
+	if m.Final && m.Status >= 400 {
+		return &RefusedError{Status: m.Status, Header: m.Header, Body: m.Body}
+	}
+	return fmt.Errorf("%w: %s", errNotNow, m.Reason)
+}
+
+// answerLocked gives the stream behind a Join its answer.
+func (s *session) answerLocked(seq uint64, a answer) {
+	st := s.joins[seq]
+	if st == nil {
+		return
+	}
+	delete(s.joins, seq)
+	st.task.asked--
+	select {
+	case st.answer <- a:
+	default: // joined again: nobody waits for this
+	}
+}
+
+// granted takes the task into the store.
+func (p *Peer) granted(s *session, m api.Task) {
+	p.mu.Lock()
+	st := s.joins[m.Seq]
+	if t := s.nums[m.Num]; st == nil && t != nil && string(t.id) == m.Task {
+		t.ticket = m.Ticket
+	}
+	p.mu.Unlock()
+	if st == nil {
+		return
+	}
+	t := st.task
+	c, err := p.prepare(t, m, st.origin)
+	p.mu.Lock()
+	if err == nil && t.isOver() {
+		err = errNotNow
+	}
+	if err != nil {
+		s.answerLocked(m.Seq, answer{err: err})
+		s.send(leaveMessage(t.id))
+		p.mu.Unlock()
+		p.log.Warn("task cannot be stored", zap.String("task", string(t.id)), zap.Error(err))
+		p.giveUp(t)
+		return
+	}
+	if t.session != s {
+		t.session, t.want = s, api.Want{}
+	}
+	t.num, t.ticket = m.Num, m.Ticket
+	s.nums[m.Num] = t
+	if t.content == nil {
+		t.content = c
+		have := c.Have()
+		if have.Len() > 0 || have.Full() { // empty content is full
+			p.checkLocked(s.life, t)
+		}
+	}
+	t.complete = t.complete || c.Complete()
+	t.touch(time.Now())
+	s.answerLocked(m.Seq, answer{content: c, stored: t.complete})
+	idle := p.settleLocked(t)
+	p.mu.Unlock()
+	release(idle)
+}
+
+// prepare returns t's content, made when it is missing.
+func (p *Peer) prepare(t *task, m api.Task, o api.Origin) (*pieces.Content, error) {
+	if m.Task != string(t.id) {
+		return nil, fmt.Errorf("%w: it answers with another task", errNotNow)
+	}
+	if err := m.Layout.Validate(); err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotNow, err)
+	}
+	var public []string
+	if m.Public {
+		public = []string{publicName(o)}
+	}
+	c := t.content // only this goroutine sets it, and asked keeps it
+	switch {
+	case c == nil:
+		var err error
+		if c, err = p.store.Create(pieces.Meta{ID: t.id, Layout: m.Layout, Public: public}); err != nil {
+			return nil, err
+		}
+	case c.Layout() != m.Layout:
+		return nil, fmt.Errorf("%w: it has another length now", errNotNow)
+	}
+	for _, name := range public {
+		if err := c.AddPublic(name); err != nil {
+			p.log.Warn("task is not noted as public", zap.String("task", string(t.id)), zap.Error(err))
+		}
+	}
+	return c, nil
+}
+
+// publicName names what an anonymous caller may read, in a store's metadata.
+func publicName(o api.Origin) string {
+	if o.Registry != "" {
+		return o.Registry + "/" + o.Repository
+	}
+	return string(pieces.URLTaskID(o.URL)) // the URL itself may be signed
+}
+
+// checkLocked has all pieces there are looked at: those that an earlier process
+// left are verified, and when all are there and right, the content is complete.
+func (p *Peer) checkLocked(ctx context.Context, t *task) {
+	t.check = true
+	if t.checking {
+		return
+	}
+	t.checking = true
+	p.group.Go(func() error {
+		p.mu.Lock()
+		for t.check && ctx.Err() == nil {
+			t.check = false
+			p.mu.Unlock()
+			full, lost := p.check(ctx, t.content)
+			p.mu.Lock()
+			t.complete = full || t.complete && !lost
+			if lost && t.session != nil {
+				t.session.send(holdMessage(p.store, t.id))
+			}
+		}
+		t.checking = false
+		idle := p.settleLocked(t)
+		p.mu.Unlock()
+		release(idle)
+		return nil
+	})
+}
+
+// check tells whether all pieces are there, and whether one turned out not to be.
+func (p *Peer) check(ctx context.Context, c *pieces.Content) (full, lost bool) {
+	have := c.Have()
+	for i := range have.All() {
+		if ctx.Err() != nil {
+			return false, false
+		}
+		lost = !c.Has(i) || lost
+	}
+	if lost || !have.Full() {
+		return false, lost
+	}
+	if !c.Complete() {
+		// The last digest came when the supernode had found the whole right.
+		if err := c.SetComplete(); err != nil && !errors.Is(err, pieces.ErrGone) {
+			p.log.Warn("task is not noted as complete", zap.String("task", string(c.ID())), zap.Error(err))
+		}
+	}
+	return true, false
+}
+
+// learn takes in digests of pieces.
+func (p *Peer) learn(s *session, m api.Digests) {
+	t, c := p.joined(s, m.Task)
+	if t == nil {
+		return
+	}
+	ds, err := pieces.ParseDigests(m.Digests)
+	if err == nil {
+		err = c.SetDigests(m.First, ds)
+	}
+	if errors.Is(err, pieces.ErrConflict) {
+		p.drop(t.id, "its pieces are other ones now")
+		p.report(s, leaveMessage(t.id))
+		return
+	}
+	if err != nil {
+		p.log.Warn("digests cannot be used", zap.String("task", string(t.id)), zap.Error(err))
+		return
+	}
+	t.touch(time.Now())
+}
+
+// joined returns a task by its number in s, with its content.
+func (p *Peer) joined(s *session, num int32) (*task, *pieces.Content) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	t := s.nums[num]
+	if t == nil {
+		return nil, nil
+	}
+	return t, t.content
+}
+
+// drop removes what there is of a task.
+func (p *Peer) drop(id pieces.TaskID, reason string) {
+	p.log.Warn("task is dropped", zap.String("task", string(id)), zap.String("reason", reason))
+	p.mu.Lock()
+	t := p.tasks[id]
+	p.mu.Unlock()
+	if err := p.store.Remove(id); err != nil && !errors.Is(err, pieces.ErrNotFound) {
+		p.log.Error("task is not removed", zap.String("task", string(id)), zap.Error(err))
+	}
+	if t != nil {
+		p.giveUp(t)
+	}
+}
+
+// ask puts what a reader waits for before other pieces: those from first to end,
+// as far as is good.
+func (p *Peer) ask(t *task, first, end int) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	want := api.Want{Task: t.num, First: first, Count: end - first}
+	if t.session == nil || want == t.want || now.Sub(t.wanted) < wantEvery {
+		return
+	}
+	t.want, t.wanted = want, now
+	t.session.send(message{size: 24, add: func(u *api.Up) { u.Want = append(u.Want, want) }})
+}
