@@ -149,29 +149,42 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 }
 
 func checkHost(h *host, shrunk bool) error {
-	in, out, ahead := 0, 0, 0
+	in, thin, ahead := 0, 0, 0
 	for _, tr := range h.downs {
-		if !tr.ahead && !tr.reopened {
+		switch {
+		case tr.ahead:
+			ahead++
+		case !tr.reopened:
 			in++
-		}
-		if tr.ahead {
-			ahead++
+			if tr.thinDown {
+				thin++
+			}
 		}
 	}
-	if in != h.in || in > h.down && !shrunk || ahead > in {
-		return fmt.Errorf("%d download lanes in use and %d ahead, counted %d of %d", in, ahead, h.in, h.down)
+	if in != h.in || thin != h.thinIn || ahead > in {
+		return fmt.Errorf("%d download lanes in use, %d thinly, and %d ahead, counted %d and %d", in, thin, ahead, h.in, h.thinIn)
 	}
-	ahead = 0
+	if !shrunk && (in-min(thin, h.down) > h.down || len(h.downs) > 3*h.down) {
+		return fmt.Errorf("%d downloads, %d download lanes in use of %d, %d thinly", len(h.downs), in, h.down, thin)
+	}
+	out := 0
+	thin, ahead = 0, 0
 	for _, tr := range h.ups {
-		if !tr.ahead && !tr.late {
-			out++
-		}
-		if tr.ahead {
+		switch {
+		case tr.ahead:
 			ahead++
+		case !tr.late:
+			out++
+			if tr.thinUp {
+				thin++
+			}
 		}
 	}
-	if out != h.out || out > h.up && !shrunk || ahead > out {
-		return fmt.Errorf("%d upload lanes in use and %d ahead, counted %d of %d", out, ahead, h.out, h.up)
+	if out != h.out || thin != h.thinOut || ahead > out {
+		return fmt.Errorf("%d upload lanes in use, %d thinly, and %d ahead, counted %d and %d", out, thin, ahead, h.out, h.thinOut)
+	}
+	if !shrunk && (out-min(thin, h.up) > h.up || len(h.ups) > 3*h.up) {
+		return fmt.Errorf("%d uploads, %d upload lanes in use of %d, %d thinly", len(h.ups), out, h.up, thin)
 	}
 	if h.lent > h.up || h.lent < min(h.up, 1) {
 		return fmt.Errorf("%d of %d upload lanes lent", h.lent, h.up)

@@ -17,10 +17,11 @@ type host struct {
 	gone       bool // HostDown has been: no decision is for it any more
 	queued     bool // stands in Scheduler.work
 
-	ups   []*transfer // what it sends
-	downs []*transfer // what it gets, in the order it was told
-	out   int         // of ups, those that hold an upload lane
-	in    int         // of downs, those that hold a download lane
+	ups             []*transfer // what it sends
+	downs           []*transfer // what it gets, in the order it was told
+	out             int         // of ups, those that hold an upload lane
+	in              int         // of downs, those that hold a download lane
+	thinOut, thinIn int         // of out and in, those that leave most of their lane free
 
 	peers   map[TaskID]*peer
 	wanting []*peer // those that lack pieces, served in turn
@@ -53,6 +54,10 @@ type shun struct {
 // maxShuns bounds what a host remembers of parents it is to stay off.
 const maxShuns = 32
 
+// most is how many transfers for each of its lanes a host has at most: one that
+// runs, one ahead, and as many that lag or leave most of a lane free.
+const most = 3
+
 // sends tells whether h may be given one more transfer to send: one that runs
 // and one ahead for each lane. What lags holds no lane, but has its bound too.
 func (h *host) sends(now time.Duration, slow bool) bool {
@@ -60,7 +65,7 @@ func (h *host) sends(now time.Duration, slow bool) bool {
 	if slow {
 		lanes = 1
 	}
-	return h.out < lanes && len(h.ups) < 3*h.up && now >= h.sendRests && !h.banned
+	return h.out-min(h.thinOut, h.up) < lanes && len(h.ups) < most*h.up && now >= h.sendRests && !h.banned
 }
 
 // receives is sends for downloads.
@@ -69,7 +74,7 @@ func (h *host) receives(now time.Duration, slow bool) bool {
 	if slow {
 		lanes = 1
 	}
-	return h.in < lanes && len(h.downs) < 3*h.down && now >= h.recvRests
+	return h.in-min(h.thinIn, h.down) < lanes && len(h.downs) < most*h.down && now >= h.recvRests
 }
 
 // shuns tells whether h stays off parent now.

@@ -116,7 +116,7 @@ func (s *Scheduler) follow(tr *transfer) { s.ahead = append(s.ahead, tr.id) }
 // they part now and then, and at once for one who has nothing at all.
 func (s *Scheduler) lookAhead(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
-	if s.slow(c.recvRate) || s.slow(p.sendRate) {
+	if s.slow(c.recvRate) || s.slow(p.sendRate) || len(p.ups) >= most*p.up || len(c.downs) >= most*c.down {
 		return
 	}
 	for range c.wanting {

@@ -14,11 +14,12 @@ const (
 	restUnit = 250 * time.Millisecond
 	maxRest  = 8 * time.Second
 
-	slowness    = 8  // how many times slower than others a host is slow
-	censusSize  = 63 // how many hosts tell what is typical
-	minShare    = 64 // a run is at most this part of the task,
-	needShare   = 8  // and this part of what the child needs
-	regained    = 4  // pieces sent for one upload lane more
+	thinness    = 2.5 // how many times slower than its end's others a transfer leaves room beside it
+	slowness    = 8   // how many times slower than others a host is slow
+	censusSize  = 63  // how many hosts tell what is typical
+	minShare    = 64  // a run is at most this part of the task,
+	needShare   = 8   // and this part of what the child needs
+	regained    = 4   // pieces sent for one upload lane more
 	maxPatience = 6
 	sweepSize   = 4096 // how many of the hungry one Tick looks at
 )

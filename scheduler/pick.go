@@ -218,8 +218,8 @@ func (s *Scheduler) feedRare(c *peer) bool {
 func (s *Scheduler) feedAgain(c *peer) bool {
 	t := c.task
 	for _, p := range t.seeds {
-		idle := p.has == t.n || p.host.out == 0 && c.host.in == 0
-		if !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 {
+		idle := p.host.out == 0 && c.host.in == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
+		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 {
 			s.offer(p)
 			continue
 		}

@@ -202,32 +202,29 @@ func (n *simNet) rates(f *simFlow) {
 	}
 }
 
-// fill returns the level at which the link is full, given what its flows get
-// at their other ends.
+// fill returns the level at which the link is full, given what its flows may
+// have at their other ends.
 func (l *simLink) fill() float64 {
-	left, open := l.cap, len(l.flows)
-	level := l.cap
-	done := make([]bool, len(l.flows))
-	for open > 0 {
-		level = left / float64(open)
-		changed := false
-		for i, f := range l.flows {
-			o := &f.from.up
-			if o == l {
-				o = &f.to.down
-			}
-			if !done[i] && o.level < level {
-				done[i] = true
-				left -= o.level
-				open--
-				changed = true
-			}
+	ends := make([]float64, len(l.flows))
+	for i, f := range l.flows {
+		o := &f.from.up
+		if o == l {
+			o = &f.to.down
 		}
-		if !changed {
-			return level
-		}
+		ends[i] = o.level
 	}
-	return max(left, l.cap/float64(len(l.flows)+1))
+	slices.Sort(ends)
+	left := l.cap
+	for i, end := range ends {
+		if share := left / float64(len(ends)-i); end >= share {
+			return share
+		}
+		left -= end
+	}
+	if len(ends) == 0 {
+		return l.cap
+	}
+	return ends[len(ends)-1] + left
 }
 
 func (n *simNet) setRate(f *simFlow, rate float64) {

@@ -24,6 +24,8 @@ type transfer struct {
 	since         time.Duration // when it was told, became active or brought a piece, whatever was last
 	ahead         bool          // it waits for the lanes of the one before it
 	next          *transfer     // the one that waits for its lanes
+	thinUp        bool          // the child takes a fraction of what the parent's lane gives,
+	thinDown      bool          // or the parent gives a fraction of what the child's takes
 	late          bool          // it lags: it holds no upload lane, its pieces are no copies
 	reopened      bool          // it is late and its pieces may be had from a second parent
 }
@@ -63,10 +65,38 @@ func (s *Scheduler) assign(child, parent *peer, first, count int, before *transf
 		s.decide(Assign, tr, before.id)
 		return
 	}
-	c.in++
-	p.out++
+	tr.thinUp = p.sendRate > 0 && c.recvRate > thinness*p.sendRate
+	tr.thinDown = c.recvRate > 0 && p.sendRate > thinness*c.recvRate
+	tr.occupy()
 	s.decide(Assign, tr, 0)
 	s.follow(tr)
+}
+
+// occupy takes a lane for tr at both ends.
+func (tr *transfer) occupy() {
+	c, p := tr.child.host, tr.parent.host
+	c.in++
+	p.out++
+	if tr.thinUp {
+		p.thinOut++
+	}
+	if tr.thinDown {
+		c.thinIn++
+	}
+}
+
+func (tr *transfer) freeUp() {
+	tr.parent.host.out--
+	if tr.thinUp {
+		tr.parent.host.thinOut--
+	}
+}
+
+func (tr *transfer) freeDown() {
+	tr.child.host.in--
+	if tr.thinDown {
+		tr.child.host.thinIn--
+	}
 }
 
 func (s *Scheduler) decide(k Kind, tr *transfer, after TransferID) {
@@ -113,15 +143,15 @@ func (s *Scheduler) end(tr *transfer) {
 		}
 	} else {
 		if !tr.reopened {
-			c.in--
+			tr.freeDown()
 		}
 		if !tr.late {
-			p.out--
+			tr.freeUp()
 		}
 		if next := tr.next; next != nil {
 			next.ahead, next.since = false, s.now
-			c.in++
-			p.out++
+			next.thinUp, next.thinDown = tr.thinUp, tr.thinDown
+			next.occupy()
 			s.follow(next)
 		}
 	}
@@ -149,7 +179,7 @@ func (s *Scheduler) yield(tr *transfer) {
 	for left := tr.left; left != 0; left &= left - 1 {
 		s.dropCopy(tr.child.task, tr.first+bits.TrailingZeros64(left))
 	}
-	tr.parent.host.out--
+	tr.freeUp()
 	s.queue(tr.parent.host)
 }
 
@@ -176,7 +206,7 @@ func (s *Scheduler) second(tr *transfer) {
 	for left := tr.left; left != 0; left &= left - 1 {
 		child.reopen(tr.first + bits.TrailingZeros64(left))
 	}
-	child.host.in--
+	tr.freeDown()
 	s.queue(child.host)
 }
 
