@@ -1,0 +1,122 @@
+package dfdaemon
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"damselfly.dev/registryproxy"
+)
+
+// Config is what an agent may be told.
+type Config struct {
+	// Supernodes are the base URLs of the region's supernodes, tried in turn.
+	// With none, or while none answers, all comes from the registries.
+	Supernodes []string
+	// Advertise is where other hosts reach this one's peer listener: a host, or
+	// host:port where the port they see is another. With "" it is the address that
+	// the supernode sees.
+	Advertise string
+	// DataDir is where content is kept; one process at a time uses it.
+	DataDir string
+
+	// Where the agent listens, as host:port. Without PeerListen it takes pieces
+	// and gives none; without MetricsListen nobody can look.
+	MirrorListen, PeerListen, MetricsListen string
+	// Socket is the path of the control socket, "" for none. SocketGroup may use
+	// it too, if set; else only the agent's own user.
+	Socket, SocketGroup string
+
+	// Quota is the most bytes of content kept, 0 for no bound. More means fewer
+	// pulls of the same content; it should hold a few images at the least.
+	Quota int64
+	// Zone and Rack are where the host is; pieces come from near rather than far.
+	Zone, Rack string
+	// UpLanes and DownLanes are how many transfers run at once each way. Equal
+	// numbers on all hosts use the network best; more of them suit long round
+	// trips, fewer suit small hosts.
+	UpLanes, DownLanes int
+
+	// Registries are those that engines pull from.
+	Registries registryproxy.Config
+}
+
+// Default returns the settings of an agent that is told nothing.
+func Default() Config {
+	return Config{
+		DataDir:       "/var/lib/damselfly/dfdaemon",
+		MirrorListen:  "127.0.0.1:65001",
+		PeerListen:    "0.0.0.0:65002",
+		MetricsListen: "127.0.0.1:65003",
+		Socket:        "/run/damselfly/dfdaemon.sock",
+		Quota:         20 << 30,
+		UpLanes:       4,
+		DownLanes:     4,
+		Registries:    registryproxy.Config{Default: "docker.io"},
+	}
+}
+
+// maxLanes bounds the lanes each way.
+const maxLanes = 64
+
+// Validate tells what is wrong with c.
+func (c Config) Validate() error {
+	for i, s := range c.Supernodes {
+		u, err := url.Parse(s)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || // never quoted: somebody may
+			u.User != nil || u.RawQuery != "" || u.Fragment != "" || (u.Path != "" && u.Path != "/") { // put a password there
+			return fmt.Errorf("supernode number %d: want a URL like http://10.0.0.1:8002, without path or credentials", i+1)
+		}
+	}
+	if _, err := c.advertised(""); err != nil {
+		return err
+	}
+	if c.DataDir == "" {
+		return errors.New("data-dir is empty: name a directory for the content")
+	}
+	if c.MirrorListen == "" {
+		return errors.New("mirror-listen is empty: engines need an address, such as 127.0.0.1:65001")
+	}
+	for name, addr := range map[string]string{
+		mirrorListen: c.MirrorListen, peerListen: c.PeerListen, metricsListen: c.MetricsListen,
+	} {
+		if _, _, err := net.SplitHostPort(addr); err != nil && addr != "" {
+			return fmt.Errorf("%s %q: want host:port", name, addr)
+		}
+	}
+	switch {
+	case c.Quota < 0:
+		return fmt.Errorf("quota %d is negative", c.Quota)
+	case c.UpLanes < 1 || c.UpLanes > maxLanes || c.DownLanes < 1 || c.DownLanes > maxLanes:
+		return fmt.Errorf("up-lanes %d, down-lanes %d: want 1 to %d", c.UpLanes, c.DownLanes, maxLanes)
+	case len(c.Zone) > 64 || len(c.Rack) > 64:
+		return errors.New("zone and rack: want at most 64 bytes")
+	}
+	return c.Registries.Validate()
+}
+
+// advertised returns host:port of the peer listener, at listen, for others.
+func (c Config) advertised(listen string) (string, error) {
+	_, port, _ := net.SplitHostPort(listen)
+	if c.Advertise == "" {
+		return ":" + port, nil
+	}
+	if addr, err := netip.ParseAddr(c.Advertise); err == nil && addr.Zone() == "" {
+		return net.JoinHostPort(addr.String(), port), nil
+	}
+	host := c.Advertise
+	if h, own, err := net.SplitHostPort(c.Advertise); err == nil {
+		if n, err := strconv.ParseUint(own, 10, 16); err != nil || n == 0 {
+			return "", fmt.Errorf("advertise %q: want a host, or host:port", c.Advertise)
+		}
+		host, port = h, own
+	}
+	if u, err := url.Parse("//" + net.JoinHostPort(host, "1")); err != nil || host == "" || u.Hostname() != host || strings.Contains(host, "%") {
+		return "", fmt.Errorf("advertise %q: want a host, or host:port", c.Advertise)
+	}
+	return net.JoinHostPort(host, port), nil
+}

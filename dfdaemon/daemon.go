@@ -1,0 +1,241 @@
+// Package dfdaemon is a host's agent: the mirror that engines pull through and
+// the control socket, on top of the peer.
+package dfdaemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"damselfly.dev/dfget"
+	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
+)
+
+// The settings of addresses.
+const (
+	mirrorListen  = "mirror-listen"
+	peerListen    = "peer-listen"
+	metricsListen = "metrics-listen"
+)
+
+// drainTime is how long running answers may take once the agent is to end.
+const drainTime = 5 * time.Second
+
+// Daemon is an agent. It holds its store and its listeners from New on until
+// Run returns.
+type Daemon struct {
+	log     *zap.Logger
+	store   *pieces.Store
+	peer    *dfget.Peer
+	addr    map[string]net.Addr // of the TCP listeners, by setting
+	servers []*server
+	ready   atomic.Bool // Run serves and is not about to end
+}
+
+// server is a server and what it accepts on.
+type server struct {
+	http.Server
+	ln net.Listener
+}
+
+// New opens the store and the listeners; Run must be called, and closes them.
+// The error says which setting is in the way.
+func New(cfg Config, log *zap.Logger, reg *prometheus.Registry) (*Daemon, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	gin.SetMode(gin.ReleaseMode) // gin's debug mode writes to the standard output
+	d := &Daemon{log: log, addr: map[string]net.Addr{}}
+	err := d.openStore(cfg)
+	if err == nil {
+		err = d.open(cfg, reg)
+	}
+	if err == nil {
+		return d, nil
+	}
+	for _, s := range d.servers {
+		_ = s.ln.Close()
+	}
+	if d.store != nil {
+		_ = d.store.Close()
+	}
+	return nil, err
+}
+
+func (d *Daemon) openStore(cfg Config) (err error) {
+	d.store, err = pieces.OpenStore(cfg.DataDir, pieces.StoreConfig{
+		Quota:   cfg.Quota,
+		OnEvict: func(id pieces.TaskID) { d.peer.Evicted(id) },
+	})
+	if errors.Is(err, pieces.ErrLocked) {
+		return fmt.Errorf("%w: give each dfdaemon a --data-dir of its own", err)
+	}
+	return err
+}
+
+// open makes the parts and the listeners.
+func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
+	m := &mirror{store: d.store, def: cfg.Registries.Default, log: d.log}
+	var err error
+	if m.registry, err = registryproxy.New(cfg.Registries, d.log, reg); err != nil {
+		return err
+	}
+	if m.metrics, err = newMetrics(reg, d.store); err != nil {
+		return err
+	}
+	if err = d.openPeer(cfg, reg); err != nil {
+		return err
+	}
+	m.peer, m.relay = d.peer, newRelay(d.peer.Supernode)
+	s, err := d.listen(cfg.MirrorListen, mirrorListen)
+	if err != nil {
+		return err
+	}
+	s.Handler = m.handler()
+	if cfg.MetricsListen != "" {
+		if s, err = d.listen(cfg.MetricsListen, metricsListen); err != nil {
+			return err
+		}
+		s.Handler = d.health(reg)
+	}
+	if cfg.Socket != "" {
+		ln, err := listenSocket(cfg.Socket, cfg.SocketGroup)
+		if err != nil {
+			return err
+		}
+		d.add(ln).Handler = (&control{d, m}).handler()
+	}
+	return nil
+}
+
+// openPeer makes the peer, and its listener if it is to have one.
+func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
+	peer := dfget.PeerConfig{
+		Supernodes: cfg.Supernodes, Zone: cfg.Zone, Rack: cfg.Rack, UpLanes: cfg.UpLanes, DownLanes: cfg.DownLanes,
+	}
+	var s *server
+	if cfg.PeerListen != "" {
+		if s, err = d.listen(cfg.PeerListen, peerListen); err != nil {
+			return err
+		}
+		if peer.Advertise, err = cfg.advertised(s.ln.Addr().String()); err != nil {
+			return err
+		}
+	}
+	if d.peer, err = dfget.NewPeer(peer, d.store, d.log, reg); err == nil && s != nil {
+		s.Handler = d.peer.Handler()
+	}
+	return err
+}
+
+// listen adds a server, yet without a handler, on a TCP address, which the named
+// setting holds.
+func (d *Daemon) listen(addr, setting string) (*server, error) {
+	ln, err := net.Listen("tcp", addr) //nolint:noctx // at once: the address is this host's
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("%w: another process has it, choose another with --%s", err, setting)
+	case err != nil:
+		return nil, fmt.Errorf("%w: choose another address with --%s", err, setting)
+	}
+	d.addr[setting] = ln.Addr()
+	return d.add(ln), nil
+}
+
+func (d *Daemon) add(ln net.Listener) *server {
+	s := &server{ln: ln}
+	s.ReadHeaderTimeout = 10 * time.Second
+	s.IdleTimeout = 2 * time.Minute
+	s.MaxHeaderBytes = 64 << 10
+	s.ErrorLog, _ = zap.NewStdLogAt(d.log, zap.ErrorLevel) // panics come here; the level is a valid one
+	d.servers = append(d.servers, s)
+	return s
+}
+
+// MirrorAddr returns host:port that engines pull from.
+func (d *Daemon) MirrorAddr() string { return d.addr[mirrorListen].String() }
+
+// PeerAddr returns host:port where other hosts get pieces, "" for none.
+func (d *Daemon) PeerAddr() string {
+	if a := d.addr[peerListen]; a != nil {
+		return a.String()
+	}
+	return ""
+}
+
+// Run serves until ctx ends, gives running answers a few seconds more, and closes
+// everything.
+func (d *Daemon) Run(ctx context.Context) error {
+	d.log.Info("serving", zap.String("mirror", d.MirrorAddr()), zap.String("peer", d.PeerAddr()))
+	group, ctx := errgroup.WithContext(ctx)
+	peer, stopPeer := context.WithCancel(context.WithoutCancel(ctx))
+	group.Go(func() error {
+		if err := d.peer.Run(peer); peer.Err() == nil {
+			return fmt.Errorf("peer: %w", err)
+		}
+		return nil
+	})
+	for _, s := range d.servers {
+		group.Go(func() error {
+			if err := s.Serve(s.ln); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		<-ctx.Done()
+		d.ready.Store(false)
+		d.drain(context.WithoutCancel(ctx))
+		stopPeer()
+		return nil
+	})
+	d.ready.Store(true)
+	return errors.Join(group.Wait(), d.store.Close())
+}
+
+// drain ends all servers.
+func (d *Daemon) drain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, drainTime)
+	defer cancel()
+	var group errgroup.Group
+	for _, s := range d.servers {
+		group.Go(func() error {
+			if s.Shutdown(ctx) != nil {
+				return s.Close()
+			}
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		d.log.Warn("servers did not end well", zap.Error(err))
+	}
+}
+
+// health serves what is watched from outside.
+func (d *Daemon) health(reg *prometheus.Registry) http.Handler {
+	e := gin.New()
+	e.HandleMethodNotAllowed = true
+	e.GET("/metrics", gin.WrapH(promhttp.HandlerFor(reg, promhttp.HandlerOpts{})))
+	e.GET("/healthz", func(c *gin.Context) { c.String(http.StatusOK, "alive\n") })
+	e.GET("/readyz", func(c *gin.Context) {
+		if !d.ready.Load() {
+			c.String(http.StatusServiceUnavailable, "not serving\n")
+			return
+		}
+		c.String(http.StatusOK, "ready\n")
+	})
+	return e
+}

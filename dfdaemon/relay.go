@@ -1,0 +1,191 @@
+package dfdaemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	regionDial   = 2 * time.Second
+	regionHeader = 5 * time.Second  // until the supernode's answer begins
+	regionWhole  = 10 * time.Second // until it has ended
+	maxAnswer    = registryproxy.MaxManifestSize
+)
+
+var errNoSession = errors.New("no session with a supernode")
+
+// relay asks the supernode for what travels whole: manifests, tags, referrers
+// and the lengths of blobs.
+type relay struct {
+	supernode func() (base string, ok bool)
+	client    *http.Client
+}
+
+func newRelay(supernode func() (string, bool)) *relay {
+	return &relay{supernode, &http.Client{
+		Transport: &http.Transport{
+			DialContext:           (&net.Dialer{Timeout: regionDial}).DialContext,
+			ResponseHeaderTimeout: regionHeader,
+			MaxIdleConnsPerHost:   16,
+			IdleConnTimeout:       90 * time.Second,
+			DisableCompression:    true,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+// answer is one that has arrived whole, its body checked where it has a digest.
+// That of a HEAD has no body, and its length.
+type answer struct {
+	header http.Header // Content-Length among it
+	body   []byte
+}
+
+// ask sends r on, whose route it is. The error is a *registryproxy.Refusal where
+// the registry has said no; any other means that the registry must be asked.
+func (y *relay) ask(r *http.Request, route registryproxy.Route) (*answer, error) {
+	base, ok := y.supernode()
+	if !ok {
+		return nil, errNoSession
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), regionWhole)
+	defer cancel()
+	q := r.URL.Query()
+	q.Set("ns", route.Repo.Registry)
+	out, err := http.NewRequestWithContext(ctx, r.Method, strings.TrimSuffix(base, "/")+route.Path()+"?"+q.Encode(), nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range []string{"Accept", "Authorization"} {
+		if v := r.Header[k]; len(v) > 0 {
+			out.Header[k] = v
+		}
+	}
+	resp, err := y.client.Do(out)
+	if err != nil {
+		if e, ok := errors.AsType[*url.Error](err); ok {
+			err = e.Err // without the URL: its query is the caller's
+		}
+		return nil, fmt.Errorf("ask the supernode: %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	a, err := read(resp, route)
+	if _, refused := errors.AsType[*registryproxy.Refusal](err); err != nil && !refused {
+		return nil, fmt.Errorf("the supernode's answer: %w", err)
+	}
+	return a, err
+}
+
+// read takes in what the supernode answers.
+func read(resp *http.Response, route registryproxy.Route) (*answer, error) {
+	if code := resp.Header.Get(api.ErrorHeader); code != "" {
+		return nil, fmt.Errorf("it cannot say: %s", code)
+	}
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1)) //nolint:forbidigo // capped
+	switch {
+	case err != nil:
+		return nil, err
+	case len(body) > maxAnswer:
+		return nil, errors.New("it is larger than 4 MiB")
+	}
+	header := resp.Header.Clone()
+	for _, k := range []string{"Connection", "Content-Length", "Date", "Keep-Alive"} {
+		header.Del(k)
+	}
+	if resp.StatusCode != http.StatusOK {
+		no := &registryproxy.Refusal{Status: resp.StatusCode, Header: header, Body: body}
+		if resp.StatusCode < http.StatusBadRequest || !no.Final() {
+			return nil, fmt.Errorf("it has the status %d", resp.StatusCode)
+		}
+		return nil, no
+	}
+	a := &answer{header, body}
+	if resp.Request.Method == http.MethodHead {
+		a.body = nil
+	}
+	return a, a.check(route, resp.ContentLength)
+}
+
+// check tells whether the answer is what route asks for, and completes its
+// header. length is that of the content, -1 if not known.
+func (a *answer) check(route registryproxy.Route, length int64) error {
+	if a.body != nil {
+		length = int64(len(a.body))
+	}
+	if length < 0 {
+		return errors.New("it has no length")
+	}
+	a.header.Set("Content-Length", strconv.FormatInt(length, 10))
+	if e := a.header.Get("Content-Encoding"); e != "" {
+		return fmt.Errorf("it is encoded")
+	}
+	if route.Kind != registryproxy.KindManifest && route.Kind != registryproxy.KindBlob {
+		return nil
+	}
+	want := digest.Digest(route.Reference)
+	if want.Validate() != nil { // a tag
+		want = digest.Digest(a.header.Get(digestHeader))
+	}
+	if err := want.Validate(); err != nil {
+		return fmt.Errorf("it names no digest: %w", err)
+	}
+	if a.body != nil && want.Algorithm().FromBytes(a.body) != want {
+		return errors.New("its bytes have another digest")
+	}
+	a.header.Set(digestHeader, want.String())
+	return nil
+}
+
+// newAnswer returns one without a body; what is "" or below 0 is not known.
+func newAnswer(mediaType, dgst string, length int64) *answer {
+	h := http.Header{"Content-Type": {mediaType}}
+	if dgst != "" {
+		h.Set(digestHeader, dgst)
+	}
+	if length >= 0 {
+		h.Set("Content-Length", strconv.FormatInt(length, 10))
+	}
+	return &answer{header: h}
+}
+
+// write answers r with a.
+func (a *answer) write(w http.ResponseWriter, r *http.Request) error {
+	h := w.Header()
+	maps.Copy(h, a.header)
+	setNextPage(h, r, a.header.Get("Link"))
+	w.WriteHeader(http.StatusOK)
+	_, err := w.Write(a.body)
+	return err
+}
+
+// setNextPage makes a registry's Link to the next page of what r asked for one
+// that leads here: only its query is the registry's.
+func setNextPage(h http.Header, r *http.Request, link string) {
+	h.Del("Link")
+	target, rest, ok := strings.Cut(strings.TrimPrefix(link, "<"), ">")
+	u, err := url.Parse(target)
+	if !ok || err != nil {
+		return
+	}
+	q := u.Query()
+	q.Del("ns")
+	if ns := r.URL.Query().Get("ns"); ns != "" {
+		q.Set("ns", ns)
+	}
+	here := url.URL{Path: r.URL.Path, RawQuery: q.Encode()}
+	h.Set("Link", "<"+here.String()+">"+rest)
+}
