@@ -1,0 +1,53 @@
+// Dfdaemon is a host's agent: container engines pull through it, and it gets
+// what they pull from the other hosts of the region.
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/pflag"
+	"go.uber.org/zap"
+
+	"damselfly.dev/cmd/internal/cli"
+	"damselfly.dev/cmd/internal/upstream"
+	"damselfly.dev/dfdaemon"
+)
+
+func main() {
+	cfg := config{dfdaemon.Default()}
+	cli.Command{
+		Use:   "dfdaemon",
+		Short: "The agent on a host: a registry mirror for its container engines",
+		Long: `Container engines pull through the mirror (--mirror-listen), which gets each blob
+by pieces from other hosts and the region's supernode, and from the registry
+itself whenever those cannot give it. It needs no supernode to start.`,
+		Config: &cfg,
+		Run: func(ctx context.Context, log *zap.Logger, _ []string) error {
+			d, err := dfdaemon.New(cfg.Config, log, cli.Metrics())
+			if err != nil {
+				return err
+			}
+			return d.Run(ctx)
+		},
+	}.Main()
+}
+
+type config struct{ dfdaemon.Config }
+
+// Flags binds the settings.
+func (c *config) Flags(fs *pflag.FlagSet) {
+	fs.StringSliceVar(&c.Supernodes, "supernode", c.Supernodes, "`URL` of a supernode of the region; may be repeated")
+	fs.StringVar(&c.Advertise, "advertise", c.Advertise, "`host` or host:port at which other hosts reach --peer-listen; empty: as the supernode sees it")
+	fs.StringVar(&c.DataDir, "data-dir", c.DataDir, "where content is kept; one process at a time uses it")
+	fs.Var(cli.Size(&c.Quota), "quota", "most content kept, 0 for no bound; more saves repeated pulls")
+	fs.StringVar(&c.MirrorListen, "mirror-listen", c.MirrorListen, "`host:port` that engines pull from")
+	fs.StringVar(&c.PeerListen, "peer-listen", c.PeerListen, "`host:port` where other hosts get pieces; empty: this one only takes")
+	fs.StringVar(&c.MetricsListen, "metrics-listen", c.MetricsListen, "`host:port` of /metrics, /healthz and /readyz; empty: none")
+	fs.StringVar(&c.Socket, "socket", c.Socket, "`path` of the control socket that dfget uses; empty: none")
+	fs.StringVar(&c.SocketGroup, "socket-group", c.SocketGroup, "`group` that may use the control socket beside this user")
+	fs.StringVar(&c.Zone, "zone", c.Zone, "where the host is: pieces come from the same zone where they can")
+	fs.StringVar(&c.Rack, "rack", c.Rack, "where in the zone the host is")
+	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to other hosts at once; keep it equal to --down-lanes")
+	fs.IntVar(&c.DownLanes, "down-lanes", c.DownLanes, "transfers from other hosts at once")
+	upstream.Flags(fs, &c.Registries)
+}
