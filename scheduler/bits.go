@@ -68,15 +68,28 @@ func firstOnly(a, b bitset, start int) int {
 	return -1
 }
 
-// A roster is a bitset that knows how many it holds.
+// next returns the first member at or after i, or -1.
+func (b bitset) next(i int) int {
+	for w, mask := i>>6, since(i); w < len(b); w, mask = w+1, ^uint64(0) {
+		if word := b[w] & mask; word != 0 {
+			return w<<6 + bits.TrailingZeros64(word)
+		}
+	}
+	return -1
+}
+
+// A roster is a bitset that knows how many it holds, and is quickly gone through
+// when they are few.
 type roster struct {
 	bitset
-	n int
+	full bitset // the words that are not 0
+	n    int
 }
 
 func (r *roster) add(i int) {
 	if !r.has(i) {
 		r.set(i)
+		r.full.set(i >> 6)
 		r.n++
 	}
 }
@@ -84,6 +97,39 @@ func (r *roster) add(i int) {
 func (r *roster) remove(i int) {
 	if r.has(i) {
 		r.clear(i)
+		if r.bitset[i>>6] == 0 {
+			r.full.clear(i >> 6)
+		}
 		r.n--
 	}
+}
+
+func (r *roster) grow(words int) {
+	wider := func(b bitset, n int) bitset { return append(make(bitset, 0, n), b...)[:n] }
+	r.bitset, r.full = wider(r.bitset, words), wider(r.full, (words+63)/64)
+}
+
+// first returns the first member of r that is in b too, at or after start,
+// going round at the end, or -1. Both have the same room.
+func (r *roster) first(b bitset, start int) int {
+	if r.n == 0 {
+		return -1
+	}
+	w := start >> 6
+	if w >= len(r.bitset) {
+		start, w = 0, 0
+	}
+	mask := since(start)
+	for i := w; i >= 0; i = r.full.next(i + 1) {
+		if word := r.bitset[i] & b[i] & mask; word != 0 {
+			return i<<6 + bits.TrailingZeros64(word)
+		}
+		mask = ^uint64(0)
+	}
+	for i := r.full.next(0); i >= 0 && i <= w; i = r.full.next(i + 1) {
+		if word := r.bitset[i] & b[i]; word != 0 {
+			return i<<6 + bits.TrailingZeros64(word)
+		}
+	}
+	return -1
 }

@@ -225,6 +225,9 @@ func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failur
 		return
 	}
 	child, parent := tr.child.host, tr.parent.host
+	if tr.next != nil {
+		s.cancel(tr.next) // it would not fare better
+	}
 	s.end(tr)
 	switch why {
 	case Busy:

@@ -112,40 +112,55 @@ func (s *Scheduler) follow(tr *transfer) { s.ahead = append(s.ahead, tr.id) }
 // lookAhead gives tr's two lanes their next assignment before tr ends. Lanes
 // that stay together end together, so neither ever waits for the other; what
 // waits ahead for two lanes that end at different times idles one of them. But
-// lanes that never part would spread nothing: when others wait for the parent,
-// they part now and then, and at once for one who has nothing at all.
+// lanes that never part would spread nothing, so they part when the parent has
+// something for one who gets nothing at all, or as rare for another as for c.
 func (s *Scheduler) lookAhead(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
-	if s.slow(c.recvRate) || s.slow(p.sendRate) || len(p.ups) >= most*p.up || len(c.downs) >= most*c.down {
+	if s.slow(c.recvRate) || s.slow(p.sendRate) || c.shuns(s.now, p) || s.now < p.sendRests ||
+		len(p.ups) >= most*p.up || len(c.downs) >= most*c.down {
 		return
 	}
 	for range c.wanting {
 		c.turn++
-		child := c.wanting[c.turn%len(c.wanting)]
-		parent := tr.parent
+		child, parent := c.wanting[c.turn%len(c.wanting)], tr.parent
 		if child.task != parent.task {
 			parent = p.peers[child.task.id]
 		}
 		if child.needs == 0 || parent == nil {
 			continue
 		}
-		if other := s.childFor(parent); other != nil && other.host != c && (other.host.in == 0 || s.rnd.IntN(partEvery) == 0) {
-			return
+		i := s.nextFor(child, parent)
+		if i < 0 {
+			continue
 		}
-		if p.seed {
-			if i := s.freshFor(child, parent); i >= 0 {
-				s.assignRun(child, parent, i, tr)
-				return
-			}
-		} else if firstBoth(child.need, parent.have, 0) >= 0 {
-			s.assignRun(child, parent, s.pieceFor(child, parent), tr)
-			return
+		if other := s.childFor(parent); other == nil || other.host == c || !s.prior(other, parent, i) {
+			s.assignRun(child, parent, i, tr)
 		}
+		return
 	}
 }
 
-// partEvery is one in how many times two lanes part for others who wait.
-const partEvery = 4
+// nextFor returns the piece for c to get from p ahead, or -1. A seed sends
+// ahead only what it has sent to nobody.
+func (s *Scheduler) nextFor(c, p *peer) int {
+	if p.host.seed {
+		return s.freshFor(c, p)
+	}
+	if firstBoth(c.need, p.have, 0) < 0 {
+		return -1
+	}
+	return s.pieceFor(c, p)
+}
+
+// prior tells whether p's next free lane is for other before it is for whoever
+// would get piece i.
+func (s *Scheduler) prior(other, p *peer, i int) bool {
+	if other.host.in == 0 {
+		return true
+	}
+	copies := p.task.copies
+	return !p.host.seed && copies[s.pieceFor(other, p)] <= copies[i]
+}
 
 // assignRun assigns piece i and as many after it as one transfer should bring.
 func (s *Scheduler) assignRun(child, parent *peer, i int, before *transfer) {

@@ -92,7 +92,7 @@ func (s *Scheduler) lagging(tr *transfer) {
 
 // delivered notes that h got a piece.
 func (h *host) delivered(now time.Duration) {
-	h.lastRecv, h.streak = now, 0
+	h.lastRecv, h.recvRests, h.streak = now, 0, 0
 	if h.patience > 0 {
 		h.patience--
 	}
@@ -100,7 +100,7 @@ func (h *host) delivered(now time.Duration) {
 
 // succeeded notes that h sent a piece: it gets back the lanes it lost by failures.
 func (h *host) succeeded(now time.Duration) {
-	h.lastSent, h.misses = now, 0
+	h.lastSent, h.sendRests, h.misses = now, 0, 0
 	if h.successes++; h.successes >= regained && h.lent < h.up {
 		h.lent++
 		h.successes = 0
@@ -191,7 +191,7 @@ func (s *Scheduler) sweep() {
 		s.swept++
 		t := s.order[s.swept%len(s.order)]
 		for range min(t.hungry.n, left) {
-			if t.sweep = firstBoth(t.hungry.bitset, t.hungry.bitset, t.sweep); t.sweep < 0 {
+			if t.sweep = t.hungry.first(t.hungry.bitset, t.sweep); t.sweep < 0 {
 				t.sweep = 0
 				break
 			}

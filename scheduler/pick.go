@@ -20,7 +20,7 @@ func (s *Scheduler) childFor(p *peer) *peer {
 	found := 0
 	at := s.rnd.IntN(len(t.peers))
 	for range min(looks, t.hungry.n) {
-		if at = firstBoth(t.hungry.bitset, t.hungry.bitset, at); at < 0 {
+		if at = t.hungry.first(t.hungry.bitset, at); at < 0 {
 			break
 		}
 		c := t.peers[at]
@@ -71,17 +71,12 @@ func (s *Scheduler) parentFor(c *peer, i int) *peer {
 	found := 0
 	at := s.rnd.IntN(len(t.peers))
 	for range min(looks, t.room.n) {
-		if at = firstBoth(t.holders[i], t.room.bitset, at); at < 0 {
+		if at = t.room.first(t.holders[i], at); at < 0 {
 			break
 		}
 		p := t.peers[at]
 		at++
-		if !s.sends(p.host) {
-			t.room.remove(p.slot)
-			s.offer(p)
-			continue
-		}
-		if c.host.shuns(s.now, p.host) {
+		if !s.hasRoom(p) || c.host.shuns(s.now, p.host) {
 			continue
 		}
 		if best == nil || s.betterParent(p, best, c.host) {
@@ -92,6 +87,17 @@ func (s *Scheduler) parentFor(c *peer, i int) *peer {
 		}
 	}
 	return best
+}
+
+// hasRoom tells whether p, who was found in the room of its task, belongs there.
+// When not, it looks for the hungry once it does.
+func (s *Scheduler) hasRoom(p *peer) bool {
+	if s.sends(p.host) {
+		return true
+	}
+	p.task.room.remove(p.slot)
+	s.offer(p)
+	return false
 }
 
 // betterParent prefers who sends the child nothing yet, then who is not slow,
@@ -183,7 +189,8 @@ func (s *Scheduler) seedSends(p, c *peer) bool {
 }
 
 // feedRare looks at a sample of the pieces that c needs and others have, from
-// the rarest on, for one that has a holder with room.
+// the rarest on, for one that has a holder with room; and if it finds none, at a
+// few who have room, for any piece.
 func (s *Scheduler) feedRare(c *peer) bool {
 	t := c.task
 	if t.room.n == 0 {
@@ -199,14 +206,17 @@ func (s *Scheduler) feedRare(c *peer) bool {
 	if len(s.sample) < s.cfg.Sample {
 		return false // that was all there is
 	}
-	at := s.rnd.IntN(t.n)
-	for range 4 * looks {
-		i := firstBoth(c.need, t.held, at)
-		if p := s.parentFor(c, i); p != nil {
-			s.assignRun(c, p, i, nil)
+	at := s.rnd.IntN(len(t.peers))
+	for range min(looks, t.room.n) {
+		if at = t.room.first(t.room.bitset, at); at < 0 {
+			return false
+		}
+		p := t.peers[at]
+		at++
+		if s.hasRoom(p) && !c.host.shuns(s.now, p.host) && firstBoth(c.need, p.have, 0) >= 0 {
+			s.assignRun(c, p, s.pieceFor(c, p), nil)
 			return true
 		}
-		at = i + 1
 	}
 	return false
 }

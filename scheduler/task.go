@@ -60,13 +60,13 @@ func newTask(id TaskID, l pieces.Layout) *task {
 // grow makes places for so many peers.
 func (t *task) grow(n int) {
 	words := (n + 63) / 64
-	wider := func(b bitset) bitset { return append(make(bitset, 0, words), b...)[:words] }
 	all := make(bitset, words*t.n)
 	for i, h := range t.holders {
 		t.holders[i] = all[i*words : (i+1)*words : (i+1)*words]
 		copy(t.holders[i], h)
 	}
-	t.room.bitset, t.hungry.bitset = wider(t.room.bitset), wider(t.hungry.bitset)
+	t.room.grow(words)
+	t.hungry.grow(words)
 	for i := words*64 - 1; i >= len(t.peers); i-- {
 		t.slots = append(t.slots, i)
 	}
