@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs what the tests and the demo need beyond Go, on Debian 12 as root:
-# Debian's packages, and engines built from the Go module proxy. Says nothing
-# and changes nothing where all of it is there.
+# Debian's packages, and engines built from the Go module proxy; with the
+# argument "packages" the former only, which the demo does with. Says nothing and
+# changes nothing where all of it is there.
 set -eu
 
 packages='ca-certificates iproute2 containerd docker.io docker-registry skopeo debootstrap'
@@ -48,6 +49,8 @@ if [ -n "$missing" ]; then
 		done
 	fi
 fi
+
+[ "${1:-}" = packages ] && exit
 
 # build VERSION MODULE PACKAGE...: builds the commands, once for each version,
 # and makes that version the one in use. Without cgo, so that no C library or

@@ -50,6 +50,7 @@ type config struct {
 	scenario string
 	hosts    int
 	rate     lab.Rate // of every link, up and down
+	unpack   bool     // measure whole pulls, not only the fetching
 	keep     bool
 	loopback bool
 	install  bool   // what is missing on this machine
@@ -74,8 +75,8 @@ func main() {
 	}
 }
 
-// parse reads flags; HOSTS, RATE, SCENARIO and KEEP of the environment are
-// their defaults.
+// parse reads flags; HOSTS, RATE, SCENARIO, UNPACK and KEEP of the environment
+// are their defaults.
 func parse(args []string, env func(string) string) (config, error) {
 	or := func(key, otherwise string) string {
 		if value := env(key); value != "" {
@@ -93,6 +94,8 @@ func parse(args []string, env func(string) string) (config, error) {
 	flags.IntVar(&cfg.hosts, "hosts", hosts, "how many hosts pull (HOSTS)")
 	flags.Float64Var(&rate, "rate", rate, "rate of every link in Mbit/s, as root (RATE)")
 	flags.StringVar(&cfg.scenario, "scenario", or("SCENARIO", "region"), "what to show (SCENARIO):\n"+list())
+	flags.BoolVar(&cfg.unpack, "unpack", or("UNPACK", "0") != "0",
+		"containerd unpacks too (UNPACK=1): all hosts share this machine's processors, so they\nmay well be the limit in place of the network")
 	flags.BoolVar(&cfg.keep, "keep", or("KEEP", "0") != "0", "leave all running at the end, until Ctrl-C (KEEP=1)")
 	if err := flags.Parse(args); err != nil {
 		return config{}, err
@@ -165,7 +168,7 @@ func install(ctx context.Context, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, filepath.Join(root, "test", "install.sh")) //nolint:gosec // G204: of this checkout
+	cmd := exec.CommandContext(ctx, filepath.Join(root, "test", "install.sh"), "packages") //nolint:gosec // G204: of this checkout
 	cmd.Stdout, cmd.Stderr = stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("install what the demo needs: %w", err)

@@ -232,5 +232,9 @@ func (s *stage) compare(swarm, direct *round) {
 		megabytes(sum.peer), megabytes(sum.supernode), megabytes(sum.registry), direct.slowest().Seconds(), megabytes(dsum.registry)),
 		fmt.Sprintf("supernode\t\t\t\t%s\t\t%s", megabytes(swarm.others), megabytes(direct.others)))
 	s.out.table(rows)
-	s.out.say("Seconds are for fetching, without unpacking. Processors in use: %s with Damselfly, %s direct.", swarm.busy, direct.busy)
+	what := "the fetching, without the unpacking (UNPACK=1 has it too)"
+	if s.cfg.unpack {
+		what = "fetching and unpacking"
+	}
+	s.out.say("Seconds are for %s. Processors in use: %s with Damselfly, %s direct.", what, swarm.busy, direct.busy)
 }

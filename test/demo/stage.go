@@ -136,8 +136,17 @@ func (s *stage) newEngine(ctx context.Context, h *lab.Host, mirror string) (engi
 	if s.cfg.loopback {
 		return programs.StartLibrary(h, mirror, s.registry.URL())
 	}
-	return programs.DebianContainerd().Start(ctx, h, mirror, s.registry.URL())
+	e, err := programs.DebianContainerd().Start(ctx, h, mirror, s.registry.URL())
+	if err == nil && s.cfg.unpack {
+		return unpacking{e}, nil
+	}
+	return e, err
 }
+
+// unpacking is a containerd whose fetches end when the image is unpacked.
+type unpacking struct{ *programs.ContainerdEngine }
+
+func (u unpacking) Fetch(ctx context.Context, name string) error { return u.Pull(ctx, name) }
 
 // addresses tells how to look around in what is left running.
 func (s *stage) addresses() {
@@ -152,7 +161,7 @@ func (s *stage) addresses() {
 	}
 	first := s.members[0]
 	s.out.say("A shell on a host:  %s sh", first.host.Enter())
-	if e, ok := first.engine.(*programs.ContainerdEngine); ok {
+	if e, ok := first.engine.(interface{ Command(image string) string }); ok {
 		s.out.say("A pull on it:       %s %s", first.host.Enter(), e.Command(app))
 	}
 }

@@ -21,6 +21,9 @@ import (
 // the owner's pid follows.
 const prefix = "damselfly-"
 
+// usualDir is on disk, also where /tmp is not.
+const usualDir = "/var/tmp"
+
 // A Rate is in bits per second; zero means unshaped.
 type Rate int64
 
@@ -90,7 +93,7 @@ func Check() error {
 // takes its processes along, and the next New removes the rest.
 func New(ctx context.Context, cfg Config) (*Lab, error) {
 	if cfg.Dir == "" {
-		cfg.Dir = "/var/tmp"
+		cfg.Dir = usualDir
 	}
 	if cfg.MTU == 0 {
 		cfg.MTU = 9000

@@ -51,7 +51,8 @@ func newLab(t *testing.T, cfg Config) *Lab {
 	return l
 }
 
-// leftBehind lists what labs of any owner have in the kernel and on disk.
+// leftBehind lists what labs of this process and of dead ones have in the
+// kernel and on disk.
 func leftBehind(t *testing.T, dir string) []string {
 	t.Helper()
 	var left []string
@@ -59,11 +60,13 @@ func leftBehind(t *testing.T, dir string) []string {
 		if in == "" {
 			continue
 		}
-		found, err := filepath.Glob(filepath.Join(in, prefix+"[0-9]*"))
-		if err != nil {
-			t.Fatal(err)
+		for _, id := range append(orphans(in), prefix+strconv.Itoa(os.Getpid())) {
+			found, err := filepath.Glob(filepath.Join(in, id+"*"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			left = append(left, found...)
 		}
-		left = append(left, found...)
 	}
 	return left
 }

@@ -71,14 +71,16 @@ func sweep(ctx context.Context, dir string, filesOnly bool) error {
 			}
 		}
 	}
-	for _, id := range orphans(dir) {
-		left, err := filepath.Glob(filepath.Join(dir, id+"-*"))
-		if err != nil {
-			return err
-		}
-		for _, path := range left {
-			if err := os.RemoveAll(path); err != nil {
+	for _, dir := range []string{dir, usualDir} {
+		for _, id := range orphans(dir) {
+			left, err := filepath.Glob(filepath.Join(dir, id+"-*"))
+			if err != nil {
 				return err
+			}
+			for _, path := range left {
+				if err := os.RemoveAll(path); err != nil && !errors.Is(err, fs.ErrPermission) { // another user's
+					return err
+				}
 			}
 		}
 	}
