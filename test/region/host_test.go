@@ -1,0 +1,209 @@
+package region_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest"
+
+	"damselfly.dev/dfdaemon"
+	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode"
+)
+
+// registryName is the registry as engines name it.
+const registryName = "reg.test"
+
+const (
+	waitLimit = 30 * time.Second
+	waitTick  = 10 * time.Millisecond
+)
+
+// node is a supernode or an agent that runs.
+type node struct {
+	metrics *prometheus.Registry
+	address string // that clients use
+	end     func() // ends it and waits; at the latest with the test
+}
+
+func (n *node) url() string { return "http://" + n.address }
+
+// run runs what serve does until the node's end.
+func (n *node) run(t *testing.T, serve func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	ended := make(chan error, 1)
+	go func() { ended <- serve(ctx) }()
+	n.end = func() {
+		t.Helper()
+		cancel()
+		err := <-ended
+		ended <- nil
+		require.NoError(t, err)
+	}
+	t.Cleanup(n.end)
+}
+
+// value returns the sum of a metric over those of its series that have the label
+// value, all with "".
+func (n *node) value(t *testing.T, metric, label string) (sum float64) {
+	t.Helper()
+	families, err := n.metrics.Gather()
+	require.NoError(t, err)
+	for _, f := range families {
+		if f.GetName() != metric {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			if label == "" || len(m.GetLabel()) > 0 && m.GetLabel()[0].GetValue() == label {
+				sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
+			}
+		}
+	}
+	return sum
+}
+
+func registries(o *origin) registryproxy.Config {
+	return registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: o.URL}}}
+}
+
+// startSupernode runs a supernode on address, "" for any.
+func startSupernode(t *testing.T, o *origin, dir, address string) *node {
+	t.Helper()
+	if address == "" {
+		address = "127.0.0.1:0"
+	}
+	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
+	require.NoError(t, err)
+	cfg := supernode.Default()
+	cfg.DataDir, cfg.Listen, cfg.Registries = dir, ln.Addr().String(), registries(o)
+	n := &node{metrics: prometheus.NewRegistry(), address: ln.Addr().String()}
+	s, err := supernode.New(cfg, zaptest.NewLogger(t, zaptest.Level(zap.InfoLevel)), n.metrics)
+	require.NoError(t, err)
+	n.run(t, func(ctx context.Context) error { return s.Run(ctx, ln) })
+	return n
+}
+
+// startHost runs an agent with an empty store, and waits for its session. Other
+// hosts reach it through f unless that is nil.
+func startHost(t *testing.T, o *origin, centre *node, f *fault) *node {
+	t.Helper()
+	dir := t.TempDir()
+	cfg := dfdaemon.Default()
+	cfg.DataDir, cfg.Socket = filepath.Join(dir, "data"), ""
+	cfg.MirrorListen, cfg.PeerListen, cfg.MetricsListen = "127.0.0.1:0", "127.0.0.1:0", ""
+	cfg.Registries = registries(o)
+	if centre != nil {
+		cfg.Supernodes = []string{centre.url()}
+	}
+	if f != nil {
+		u, err := url.Parse(f.URL)
+		require.NoError(t, err)
+		cfg.Advertise = u.Host
+	}
+	n := &node{metrics: prometheus.NewRegistry()}
+	d, err := dfdaemon.New(cfg, zaptest.NewLogger(t, zaptest.Level(zap.InfoLevel)), n.metrics)
+	require.NoError(t, err)
+	if f != nil {
+		f.target.Store(&url.URL{Scheme: "http", Host: d.PeerAddr()})
+	}
+	n.address = d.MirrorAddr()
+	n.run(t, d.Run)
+	if centre != nil && centre.metrics != nil {
+		require.Eventually(t, func() bool { return n.value(t, "damselfly_session_up", "") == 1 }, waitLimit, waitTick)
+	}
+	return n
+}
+
+// push makes an image and puts it into the registry. It returns its name there.
+func push(t *testing.T, o *origin) string {
+	t.Helper()
+	img, err := random.Image(layerSize, layers)
+	require.NoError(t, err)
+	u, err := url.Parse(o.URL)
+	require.NoError(t, err)
+	ref, err := name.ParseReference(u.Host+"/org/app:v1", name.Insecure)
+	require.NoError(t, err)
+	require.NoError(t, remote.Write(ref, img))
+	o.set(func() { clear(o.gets); o.sent = 0 })
+	return "org/app:v1"
+}
+
+// pull is an engine's pull through a host: every byte of the image is checked.
+func pull(ctx context.Context, host *node, image string) error {
+	ref, err := name.ParseReference(host.address+"/"+registryName+"/"+image, name.Insecure)
+	if err != nil {
+		return err
+	}
+	transport := &http.Transport{}
+	defer transport.CloseIdleConnections()
+	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithTransport(transport))
+	if err != nil {
+		return err
+	}
+	if _, err := img.RawConfigFile(); err != nil {
+		return err
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		return err
+	}
+	parts := make(chan error, len(layers))
+	for _, l := range layers {
+		go func() { parts <- check(l) }()
+	}
+	for range layers {
+		err = errors.Join(err, <-parts)
+	}
+	return err
+}
+
+// check reads a layer and compares it with its digest.
+func check(l v1.Layer) error {
+	want, err := l.Digest()
+	if err != nil {
+		return err
+	}
+	body, err := l.Compressed()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = body.Close() }()
+	sum := sha256.New()
+	if _, err := io.Copy(sum, body); err != nil {
+		return err
+	}
+	if got := hex.EncodeToString(sum.Sum(nil)); got != want.Hex {
+		return fmt.Errorf("layer %s has the digest %s", want, got)
+	}
+	return nil
+}
+
+// pullAll pulls on all hosts at once.
+func pullAll(t *testing.T, hosts []*node, image string) {
+	t.Helper()
+	errs := make(chan error, len(hosts))
+	for _, h := range hosts {
+		go func() { errs <- pull(t.Context(), h, image) }()
+	}
+	for range hosts {
+		require.NoError(t, <-errs)
+	}
+}
