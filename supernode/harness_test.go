@@ -87,10 +87,10 @@ func (h *hub) blob(t *testing.T, b []byte) string {
 	return d
 }
 
-// manifest puts a manifest into demo/app under a tag.
-func (h *hub) manifest(t *testing.T, tag string, b []byte) string {
+// manifest puts a manifest into demo/app under the tag v1.
+func (h *hub) manifest(t *testing.T, b []byte) string {
 	t.Helper()
-	req := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v2/demo/app/manifests/"+tag, bytes.NewReader(b))
+	req := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v2/demo/app/manifests/v1", bytes.NewReader(b))
 	req.Header.Set("Content-Type", manifestType)
 	w := httptest.NewRecorder()
 	h.inner.ServeHTTP(w, req)
@@ -114,7 +114,7 @@ func private(authorization string) func(http.ResponseWriter, *http.Request) bool
 	}
 }
 
-const noEntry = `{"errors":[{"code":"UNAUTHORIZED","message":"who are you"}]}`
+const noEntry = "no entry: who are you?\n"
 
 // testRegion is a supernode in this process.
 type testRegion struct {
@@ -174,6 +174,16 @@ func (r *testRegion) metric(name string) int {
 	return int(sum)
 }
 
+// session returns the session of a host.
+func (r *testRegion) session(name string) (s *session) {
+	r.t.Helper()
+	require.Eventually(r.t, func() bool {
+		require.True(r.t, r.region.ask(r.t.Context(), func() { s = r.region.names[name] }))
+		return s != nil
+	}, wait, poll)
+	return s
+}
+
 // reply is an answer of the supernode.
 type reply struct {
 	status int
@@ -195,6 +205,18 @@ func (r *testRegion) get(method, path string, header ...string) reply {
 	b, err := io.ReadAll(resp.Body)
 	require.NoError(r.t, resp.Body.Close())
 	return reply{resp.StatusCode, resp.Header, b, err}
+}
+
+// How long a test waits for what must come, and how often it looks.
+const (
+	wait = 20 * time.Second
+	poll = 5 * time.Millisecond
+)
+
+// ask is a plain GET of anything.
+func ask(t *testing.T, url string) reply {
+	t.Helper()
+	return (&testRegion{t: t, url: url}).get(http.MethodGet, "")
 }
 
 func v2(kind, reference string) string {
@@ -233,7 +255,7 @@ type hostTask struct {
 	have    map[int][]byte
 }
 
-func dial(t *testing.T, r *testRegion, name string, serves bool) *host {
+func dial(t *testing.T, r *testRegion, name string) *host {
 	t.Helper()
 	conn, err := api.Dial(t.Context(), http.DefaultClient, r.url)
 	require.NoError(t, err)
@@ -244,11 +266,9 @@ func dial(t *testing.T, r *testRegion, name string, serves bool) *host {
 		refused: map[uint64]api.Refused{}, granted: map[uint64]api.Task{}, blame: map[string]string{},
 	}
 	hello := api.Hello{Version: api.Version, Host: name, Up: 2, Down: 2}
-	if serves {
-		h.peer = httptest.NewServer(http.HandlerFunc(h.serve))
-		t.Cleanup(h.peer.Close)
-		hello.Addr = h.peer.Listener.Addr().String()
-	}
+	h.peer = httptest.NewServer(http.HandlerFunc(h.serve))
+	t.Cleanup(h.peer.Close)
+	hello.Addr = h.peer.Listener.Addr().String()
 	h.send(api.Up{Hello: &hello})
 	down, err := conn.Read(t.Context())
 	require.NoError(t, err)
@@ -268,9 +288,7 @@ func (h *host) send(up api.Up) {
 // die ends the host without a word.
 func (h *host) die() {
 	h.conn.CloseNow()
-	if h.peer != nil {
-		h.peer.CloseClientConnections()
-	}
+	h.peer.CloseClientConnections()
 	<-h.gone
 }
 
@@ -421,7 +439,7 @@ func (h *host) ask(id string, o api.Origin) uint64 {
 // await waits until ok, called with h.mu held, returns true.
 func (h *host) await(what string, ok func() bool) {
 	h.t.Helper()
-	limit := time.After(20 * time.Second)
+	limit := time.After(wait)
 	for {
 		h.mu.Lock()
 		done, changed := ok(), h.changed
@@ -485,7 +503,7 @@ func from(authorization string) api.Origin {
 	return o
 }
 
-func random(n int) []byte {
+func newBytes(n int) []byte {
 	b := make([]byte, n)
 	r := rand.NewChaCha8(sha256.Sum256([]byte(fmt.Sprint(n))))
 	_, _ = r.Read(b)

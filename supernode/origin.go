@@ -136,9 +136,8 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 					return l.or(err)
 				}
 				l.Release()
-				if !o.drop(id, err.Error(), l.drops) {
-					continue
-				}
+				o.drop(id, err.Error(), l.drops)
+				continue
 			}
 			l.fetch = o.begin(id, src)
 		}
@@ -159,6 +158,7 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 			return nil, err
 		}
 		var err error
+		l.drops = o.drops.Load()
 		if l.Content, err = o.store.Get(id); err != nil {
 			return nil, err
 		}
@@ -276,19 +276,18 @@ func (o *origin) run(f *fetch, src source) {
 }
 
 // drop takes a content out of use, unless something has been dropped since drops
-// was seen: then it may be another content by now, and drop returns false.
-func (o *origin) drop(id pieces.TaskID, reason string, seen int64) bool {
+// was seen: then it may be another content by now.
+func (o *origin) drop(id pieces.TaskID, reason string, seen int64) {
 	o.dropping.Lock()
 	defer o.dropping.Unlock()
 	if seen != always && o.drops.Load() != seen {
-		return false
+		return
 	}
 	o.drops.Add(1)
 	if err := o.store.Remove(id); err != nil && !errors.Is(err, pieces.ErrNotFound) {
 		o.log.Error("content cannot be removed", zap.String("task", string(id)), zap.Error(err))
 	}
 	o.told.dropped(id, reason)
-	return true
 }
 
 // fetch brings what the store lacks of a content, and verifies it as a whole.
@@ -375,12 +374,12 @@ func (o *origin) resume(c *pieces.Content, in *stream) error {
 		}
 		return err
 	}
-	in.off = l.Offset(gap)
+	in.off, in.length = l.Offset(gap), l.Length
 	b, err := in.open()
 	if err != nil {
 		return err
 	}
-	if in.length >= 0 && in.length != l.Length || !in.src.continues(b) {
+	if b.length >= 0 && b.length != l.Length || !in.src.continues(b) {
 		return errChanged
 	}
 	in.length = l.Length
@@ -490,7 +489,7 @@ func (s *stream) seek(off int64) {
 // open asks the origin from s.off on, again and again while that may help.
 func (s *stream) open() (*body, error) {
 	for {
-		b, err := s.src.open(s.ctx, s.off)
+		b, err := s.src.open(s.ctx, s.off, s.length)
 		if err == nil {
 			if s.began && (b.version != s.version || b.length >= 0 && s.length >= 0 && b.length != s.length) {
 				_ = b.Close()

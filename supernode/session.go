@@ -128,9 +128,12 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	}
 	n.log.Info("session begins", zap.String("host", s.name), zap.String("remote", s.remote))
 	var wg sync.WaitGroup
+	n.region.ask(ctx, func() { n.region.hostUp(s, hello) })
+	if err := s.welcome(ctx); err != nil {
+		cancel(err)
+	}
 	wg.Go(func() { cancel(s.write(ctx)) })
 	wg.Go(func() { cancel(conn.KeepAlive(ctx)) })
-	n.region.do(func() { n.region.hostUp(s, hello) })
 	cancel(s.read(ctx, &wg))
 	n.region.do(func() { n.region.hostDown(s) })
 	n.log.Info("session ends", zap.String("host", s.name), zap.Error(context.Cause(ctx)))
@@ -172,7 +175,14 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 		}
 	}
 	s.name = h.Host
-	return h, s.conn.Write(ctx, api.Down{Welcome: &api.Welcome{Version: api.Version, TicketKey: s.node.publicKey()}})
+	return h, nil
+}
+
+// welcome accepts the host, which the region knows by then.
+func (s *session) welcome(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	return s.conn.Write(ctx, api.Down{Welcome: &api.Welcome{Version: api.Version, TicketKey: s.node.publicKey()}})
 }
 
 // read acts on what the host sends, until it goes.

@@ -15,9 +15,10 @@ import (
 
 // source is where a task's bytes come from, on behalf of one caller.
 type source interface {
-	// open returns the bytes from off on. A *registryproxy.Refusal is the
-	// origin's no; isPassing tells what may do better later.
-	open(ctx context.Context, off int64) (*body, error)
+	// open returns the bytes from off on, of length in all or -1 if that is not
+	// known. A *registryproxy.Refusal is the origin's no; isPassing tells what may
+	// do better later.
+	open(ctx context.Context, off, length int64) (*body, error)
 	// allowed returns nil when the caller may read c, which is cached, and
 	// whether anyone may; errChanged when c is no longer what the origin has.
 	allowed(ctx context.Context, c *pieces.Content) (public bool, err error)
@@ -80,9 +81,15 @@ type registries struct {
 	metrics *metrics
 }
 
-func (s *registrySource) open(ctx context.Context, off int64) (*body, error) {
+func (s *registrySource) open(ctx context.Context, off, length int64) (*body, error) {
 	if s.kind == registryproxy.KindBlob {
-		b, err := s.client.Blob(ctx, s.repo, s.digest, off, s.who)
+		var b *registryproxy.BlobBody
+		var err error
+		if off > 0 && off < length { // some registries know bounded ranges alone
+			b, err = s.client.BlobRange(ctx, s.repo, s.digest, off, length-off, s.who)
+		} else {
+			b, err = s.client.Blob(ctx, s.repo, s.digest, off, s.who)
+		}
 		if err != nil {
 			return nil, err
 		}

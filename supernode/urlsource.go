@@ -203,7 +203,7 @@ func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error
 	return false, nil
 }
 
-func (s *urlSource) open(ctx context.Context, off int64) (*body, error) {
+func (s *urlSource) open(ctx context.Context, off, _ int64) (*body, error) {
 	span := ""
 	if off > 0 {
 		span = fmt.Sprintf("bytes=%d-", off)
