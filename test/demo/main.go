@@ -109,6 +109,8 @@ func parse(args []string, env func(string) string) (config, error) {
 		return config{}, fmt.Errorf("no scenario %q; there are:\n%s", cfg.scenario, list())
 	case cfg.hosts < scenario.hosts || cfg.hosts > 200:
 		return config{}, fmt.Errorf("%s takes %d to 200 hosts", cfg.scenario, scenario.hosts)
+	case cfg.loopback && cfg.scenario == "kill-daemon":
+		return config{}, errors.New("kill-daemon needs root: the library, unlike containerd, turns to no registry by itself")
 	case cfg.rate < lab.Mbit || cfg.rate > 10_000*lab.Mbit:
 		return config{}, errors.New("links have 1 to 10000 Mbit/s")
 	}

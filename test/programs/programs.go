@@ -43,7 +43,7 @@ func Build(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-tags", "nomsgpack", "-o", dir+"/", "./cmd/...", "./test/registry")
+	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-tags", "nomsgpack", "-o", dir+"/", "./cmd/...", "./test/registry")
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
