@@ -35,6 +35,7 @@ demo: ## one image to six hosts, with and without Damselfly (root: on shaped lin
 	$(GO) run -tags $(TAGS) ./test/demo $(DEMOFLAGS)
 
 bench: build ## speed and memory, as ratios
+	$(GO) run -tags $(TAGS) ./test/bench $(BENCHFLAGS)
 	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchmem ./pieces/... ./scheduler/...
 
 fuzz: ## every fuzz test for FUZZTIME (1m) each

@@ -43,8 +43,9 @@ func main() {
 	out := flag.String("json", "", "write the rows to this file too")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, *bin, *out, *blobs, *size); err != nil {
+	err := run(ctx, *bin, *out, *blobs, *size)
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -69,7 +70,7 @@ func run(ctx context.Context, bin, out string, blobs int, size int64) error {
 			verdict = "DOES NOT HOLD"
 			missed++
 		}
-		fmt.Fprintf(tw, "%s\t%.1f %s\t%.0f %s\t%s\n", r.Name, r.Figure, r.Unit, r.Limit, r.Unit, verdict)
+		fmt.Fprintf(tw, "%s\t%.4g %s\t%.4g %s\t%s\n", r.Name, r.Figure, r.Unit, r.Limit, r.Unit, verdict)
 	}
 	if err := tw.Flush(); err != nil {
 		return err
@@ -99,7 +100,7 @@ func memory(ctx context.Context, bin, dir string, blobs int, size int64) ([]row,
 		return nil, err
 	}
 	srv := &http.Server{Handler: origin, ReadHeaderTimeout: time.Minute}
-	go srv.Serve(ln) //nolint:errcheck // ends with the process
+	go srv.Serve(ln)
 	defer srv.Close()
 
 	ports, err := freePorts(7)
