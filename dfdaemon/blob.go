@@ -94,7 +94,7 @@ func (d delivery) serve(ctx context.Context, w http.ResponseWriter) error {
 		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", span.Offset, span.Offset+s.Length()-1, s.Size()))
 	}
 	w.WriteHeader(status)
-	_, err = s.WriteTo(w) //nolint:contextcheck // it has the context of Open
+	_, err = s.WriteTo(w)
 	return err
 }
 

@@ -179,6 +179,7 @@ func (d *Daemon) PeerAddr() string {
 // everything.
 func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("serving", zap.String("mirror", d.MirrorAddr()), zap.String("peer", d.PeerAddr()))
+	d.ready.Store(true)
 	group, ctx := errgroup.WithContext(ctx)
 	peer, stopPeer := context.WithCancel(context.WithoutCancel(ctx))
 	group.Go(func() error {
@@ -202,7 +203,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 		stopPeer()
 		return nil
 	})
-	d.ready.Store(true)
 	return errors.Join(group.Wait(), d.store.Close())
 }
 
