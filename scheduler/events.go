@@ -234,7 +234,11 @@ func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failur
 		child.shun(s.now, s.now+min(max(retry, minRetry), maxRetry), parent)
 		s.blame(child, parent, parent.lent-1)
 	case Gone:
-		child.shun(s.now, s.now+goneFor, parent)
+		if parent.seed {
+			child.shun(s.now, s.now+seedGone, parent)
+		} else {
+			child.shun(s.now, s.now+goneFor, parent)
+		}
 		s.blame(child, parent, parent.lent/2)
 	case Corrupt:
 		s.accuse(child, parent)

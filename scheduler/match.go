@@ -78,13 +78,17 @@ func (s *Scheduler) lend(h *host) {
 	}
 }
 
-// lendTo makes one of the hungry get something from p.
+// lendTo makes one of the hungry get something from p. Who does already looks
+// around itself before it takes more from the same host.
 func (s *Scheduler) lendTo(p *peer) bool {
 	child := s.childFor(p)
 	if child == nil {
 		return false
 	}
 	if !p.host.seed {
+		if child.host.gets(p.host) {
+			return false
+		}
 		s.assignRun(child, p, s.pieceFor(child, p), nil)
 		return true
 	}

@@ -10,7 +10,8 @@ import (
 const (
 	minRetry = 10 * time.Millisecond // the shortest and
 	maxRetry = 5 * time.Second       // the longest that a busy parent is left alone
-	goneFor  = 2 * time.Second       // how long a host stays off a parent that was gone
+	goneFor  = 2 * time.Second       // how long a host stays off a parent that was gone or lagged,
+	seedGone = restUnit              // and off a seed
 	restUnit = 250 * time.Millisecond
 	maxRest  = 8 * time.Second
 
@@ -86,6 +87,7 @@ func (s *Scheduler) lagging(tr *transfer) {
 		return
 	}
 	c.patience = min(c.patience+1, maxPatience)
+	c.shun(s.now, s.now+goneFor, p)
 	p.sendRate.best(rate(s.now-tr.since) / rate(tr.child.task.layout.PieceSize))
 	s.second(tr)
 }
@@ -145,7 +147,7 @@ func (s *Scheduler) rest(h *host) {
 // accuses many is not believed.
 func (s *Scheduler) accuse(child, parent *host) {
 	if parent.seed {
-		child.shun(s.now, s.now+goneFor, parent)
+		child.shun(s.now, s.now+seedGone, parent)
 		return
 	}
 	child.shun(s.now, forever, parent)

@@ -34,7 +34,8 @@ type simHost struct {
 	flows    []*simFlow // to it, in the order told
 	joined   float64
 	finished float64 // 0 before
-	dead     bool
+	dead     bool    // and is not waited for
+	gone     bool    // and cannot be reached
 }
 
 type simLink struct {
@@ -96,7 +97,7 @@ func (n *simNet) report(f func(now time.Time)) { n.after(n.latency, func() { n.t
 
 func (n *simNet) follow(d Decision) {
 	h := n.hosts[d.Host]
-	if h.dead {
+	if h.gone {
 		return
 	}
 	if d.Kind == Cancel {
@@ -120,7 +121,7 @@ func (n *simNet) startNext(h *simHost) {
 }
 
 func (n *simNet) start(f *simFlow) {
-	if f.from.dead {
+	if f.from.gone {
 		n.report(func(now time.Time) { n.s.Failed(now, f.to.id, f.d.Transfer, Gone, 0) })
 		n.stop(f)
 		return
@@ -224,7 +225,7 @@ func (n *simNet) arrived(f *simFlow) {
 
 // kill ends a host without a word. The break of its session is noticed a second later.
 func (n *simNet) kill(h *simHost) {
-	h.dead = true
+	h.dead, h.gone = true, true
 	for len(h.flows) > 0 {
 		n.stop(h.flows[0])
 	}
@@ -234,6 +235,17 @@ func (n *simNet) kill(h *simHost) {
 		n.stop(f)
 	}
 	n.after(1, func() { n.tell(func(now time.Time) { n.s.HostDown(now, h.id) }) })
+}
+
+// hang stops a host's links; nobody is told.
+func (n *simNet) hang(h *simHost) {
+	h.dead = true
+	h.up.rate, h.down.rate = 1, 1
+	for _, l := range []*simLink{&h.up, &h.down} {
+		for _, f := range l.flows {
+			n.share(f)
+		}
+	}
 }
 
 // want reports what a reader of the task on h waits for.

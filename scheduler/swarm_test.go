@@ -22,6 +22,7 @@ type crowd struct {
 	scale            func(i int) float64 // of host i's link
 	start            func(i int) float64 // when host i joins
 	kill             func(i int) float64 // when host i dies, 0 for never
+	hang             func(i int) float64 // when host i stops without dying, 0 for never
 	reading          bool                // hosts tell what piece their reader waits at
 	seed             uint64
 }
@@ -79,6 +80,9 @@ func (c crowd) run(t *testing.T) outcome {
 		n.after(h.joined, func() { n.tell(func(now time.Time) { n.s.Join(now, h.id, simTask, h.have) }) })
 		if c.kill != nil && c.kill(i) > 0 {
 			n.after(c.kill(i), func() { n.kill(h) })
+		}
+		if c.hang != nil && c.hang(i) > 0 {
+			n.after(c.hang(i), func() { n.hang(h) })
 		}
 	}
 	var tick func()
@@ -204,22 +208,26 @@ func TestUnequalLinks(t *testing.T) {
 // or dies halfway.
 func TestTrouble(t *testing.T) {
 	calm := crowd{hosts: 15, pieces: 256}.run(t).stretch(nil)
-	healthy := func(i int) bool { return i != 4 }
-	slow := crowd{hosts: 16, pieces: 256, scale: func(i int) float64 {
-		if healthy(i) {
-			return 1
+	sick := func(i int) bool { return i == 4 }
+	healthy := func(i int) bool { return !sick(i) }
+	at := func(i int) float64 {
+		if sick(i) {
+			return 2.7
 		}
-		return 0.01
+		return 0
+	}
+	slow := crowd{hosts: 16, pieces: 256, scale: func(i int) float64 {
+		if sick(i) {
+			return 0.01
+		}
+		return 1
 	}}.run(t)
 	expect(t, "stretch beside a slow host", slow.stretch(healthy)/calm, 0.9, 1.1)
-	expect(t, "stretch of the slow host", slow.stretch(func(i int) bool { return !healthy(i) }), 1, 1.15)
-	dead := crowd{hosts: 16, pieces: 256, kill: func(i int) float64 {
-		if healthy(i) {
-			return 0
-		}
-		return 2.7
-	}}.run(t)
+	expect(t, "stretch of the slow host", slow.stretch(sick), 1, 1.15)
+	dead := crowd{hosts: 16, pieces: 256, kill: at}.run(t)
 	expect(t, "stretch beside a dead host", dead.stretch(healthy)/calm, 0.9, 1.1)
+	hung := crowd{hosts: 16, pieces: 256, hang: at}.run(t)
+	expect(t, "stretch beside a host that hangs", hung.stretch(healthy)/calm, 0.9, 1.1)
 }
 
 func TestLateHosts(t *testing.T) {
