@@ -207,3 +207,22 @@ func TestNothingSecretIsLogged(t *testing.T) {
 	require.NotEmpty(t, lines.String())
 	require.NotContains(t, lines.String(), "s3cret")
 }
+
+func TestEnginesMayHangUp(t *testing.T) {
+	g := newRegistry(t)
+	d := g.blob(make([]byte, 32<<20)) // more than the sockets hold
+	c := testConfig(t)
+	c.Registries.Upstreams = []registryproxy.Upstream{{Name: "reg.test", URL: g.URL}}
+	agent, _ := run(t, c)
+	engine, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", agent.MirrorAddr())
+	require.NoError(t, err)
+	_, err = io.WriteString(engine, "GET /v2/reg.test/org/app/blobs/"+d+" HTTP/1.1\r\nHost: x\r\n\r\n")
+	require.NoError(t, err)
+	_, err = io.ReadFull(engine, make([]byte, 1000))
+	require.NoError(t, err)
+	require.NoError(t, engine.Close())
+	require.Eventually(t, func() bool {
+		_, b := get(t, "http://"+agent.addr[metricsListen].String()+"/metrics")
+		return bytes.Contains(b, []byte(`damselfly_mirror_requests_total{kind="blob",result="gone"} 1`))
+	}, waitLimit, waitTick)
+}
