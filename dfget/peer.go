@@ -158,7 +158,7 @@ func (p *Peer) work(ctx context.Context) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case tr := <-p.queue:
-			p.run(tr)
+			p.run(tr) //nolint:contextcheck // it has its own, which the supernode may cancel
 		}
 	}
 }

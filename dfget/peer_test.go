@@ -20,7 +20,7 @@ func TestPiecesComeFromParents(t *testing.T) {
 	require.Equal(t, b.bytes, got)
 	require.Empty(t, up.opened())
 	require.Eventually(t, func() bool { return len(heard(n, dones)) == b.layout.Count() }, waitFor, tick)
-	require.EqualValues(t, len(b.bytes), h.metric(t, "received_bytes_total", sourcePeer))
+	require.Equal(t, len(b.bytes), h.metric(t, "received_bytes_total", sourcePeer))
 	require.Eventually(t, func() bool {
 		c, err := h.store.Get(b.id)
 		if err != nil {
@@ -33,6 +33,6 @@ func TestPiecesComeFromParents(t *testing.T) {
 	got, err = get(t, h, Request{b.id, registryOrigin(), up}, 100, 1<<20)
 	require.NoError(t, err)
 	require.Equal(t, b.bytes[100:100+1<<20], got)
-	require.EqualValues(t, 1<<20, h.metric(t, "received_bytes_total", sourceStore))
+	require.Equal(t, 1<<20, h.metric(t, "received_bytes_total", sourceStore))
 	require.Len(t, heard(n, joins), 2)
 }

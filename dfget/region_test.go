@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -53,7 +54,7 @@ func (b *blob) piece(i int) []byte {
 type memNet struct {
 	mu        sync.Mutex
 	listeners map[string]*memListener
-	conns     []net.Conn
+	conns     map[string][]net.Conn // by the name dialled
 }
 
 type memListener struct {
@@ -84,7 +85,7 @@ func (n *memNet) listen(name string) net.Listener {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.listeners == nil {
-		n.listeners = map[string]*memListener{}
+		n.listeners, n.conns = map[string]*memListener{}, map[string][]net.Conn{}
 	}
 	n.listeners[name] = l
 	return l
@@ -100,7 +101,7 @@ func (n *memNet) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	}
 	a, b := net.Pipe()
 	n.mu.Lock()
-	n.conns = append(n.conns, a, b)
+	n.conns[name] = append(n.conns[name], a, b)
 	n.mu.Unlock()
 	select {
 	case l.conns <- b:
@@ -112,31 +113,55 @@ func (n *memNet) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	}
 }
 
-// closeAll breaks all connections.
-func (n *memNet) closeAll() {
+// kill ends a server as kill -9 does: at once, and nobody listens any more.
+func (n *memNet) kill(name string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for _, c := range n.conns {
+	_ = n.listeners[name].Close()
+	delete(n.listeners, name)
+	for _, c := range n.conns[name] {
 		_ = c.Close()
 	}
-	n.conns = nil
+}
+
+// serve starts a server for the test's time.
+func (n *memNet) serve(t *testing.T, name string, h http.Handler) {
+	t.Helper()
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: time.Minute}
+	ln := n.listen(name)
+	go func() { _ = srv.Serve(ln) }()
+	t.Cleanup(func() { _ = srv.Close() })
+}
+
+// bubble starts a supernode named "node" and a host in a memNet, for a test in a
+// synctest bubble.
+func bubble(t *testing.T, cfg PeerConfig, on func(*fakeNode, api.Up), b *blob) (*memNet, *fakeNode, *host) {
+	t.Helper()
+	net := &memNet{}
+	n := newFakeNode(t, on)
+	if b != nil {
+		n.routes.HandleFunc(api.ContentPath(b.id), content(b))
+	}
+	net.serve(t, "node", n.routes)
+	cfg.Supernodes = []string{"http://node:80"}
+	h := newHost(t, t.TempDir(), cfg, 0, net.dial)
+	require.NoError(t, h.Ready(t.Context()))
+	return net, n, h
 }
 
 // fakeNode is a supernode that speaks the real session and does what its test
 // says.
 type fakeNode struct {
-	t      testing.TB
+	t      *testing.T
 	key    ed25519.PrivateKey
 	on     func(n *fakeNode, up api.Up) // every batch but the first
 	mu     sync.Mutex
 	ups    []api.Up
 	conn   *api.Conn[api.Up, api.Down]
-	server *http.Server
 	routes *http.ServeMux
-	done   chan struct{}
 }
 
-func newFakeNode(t testing.TB, on func(n *fakeNode, up api.Up)) *fakeNode {
+func newFakeNode(t *testing.T, on func(n *fakeNode, up api.Up)) *fakeNode {
 	t.Helper()
 	_, key, err := ed25519.GenerateKey(nil)
 	require.NoError(t, err)
@@ -220,12 +245,12 @@ func (n *fakeNode) ticket(id pieces.TaskID) string {
 }
 
 // grant is the answer to a Join.
-func (n *fakeNode) grant(j api.Join, b *blob, num int32) api.Task {
-	return api.Task{Seq: j.Seq, Task: string(b.id), Num: num, Layout: b.layout, Ticket: n.ticket(b.id), Public: j.Origin.Header == nil}
+func (n *fakeNode) grant(j api.Join, b *blob) api.Task {
+	return api.Task{Seq: j.Seq, Task: string(b.id), Num: 1, Layout: b.layout, Ticket: n.ticket(b.id), Public: j.Origin.Header == nil}
 }
 
-func digestsOf(b *blob, num int32) api.Digests {
-	return api.Digests{Task: num, Digests: pieces.AppendDigests(nil, b.digests...)}
+func digestsOf(b *blob) api.Digests {
+	return api.Digests{Task: 1, Digests: pieces.AppendDigests(nil, b.digests...)}
 }
 
 // serving makes a supernode's side that grants every Join of b and assigns all
@@ -252,14 +277,17 @@ func serving(b *blob, parents ...string) func(*fakeNode, api.Up) {
 		}
 		var d api.Down
 		for _, j := range up.Join {
-			d.Task = append(d.Task, n.grant(j, b, 1))
-			d.Digests = append(d.Digests, digestsOf(b, 1))
+			d.Task = append(d.Task, n.grant(j, b))
+			d.Digests = append(d.Digests, digestsOf(b))
 			for i := 0; i < b.layout.Count() && !asked; i++ {
 				if !have[i] && len(parents) > 0 {
 					d.Assign = append(d.Assign, assign(i, 1, parents[i%len(parents)]))
 				}
 			}
 			asked = true
+		}
+		if len(up.Failed) > 0 {
+			pause(n.t, 20*time.Millisecond)
 		}
 		for _, f := range up.Failed {
 			a := told[f.Transfer]
@@ -318,7 +346,7 @@ type host struct {
 	stop  func()
 }
 
-func newHost(t testing.TB, dir string, cfg PeerConfig, quota int64, dial func(context.Context, string, string) (net.Conn, error)) *host {
+func newHost(t *testing.T, dir string, cfg PeerConfig, quota int64, dial func(context.Context, string, string) (net.Conn, error)) *host {
 	t.Helper()
 	h := &host{reg: prometheus.NewRegistry()}
 	var err error
@@ -342,10 +370,11 @@ func newHost(t testing.TB, dir string, cfg PeerConfig, quota int64, dial func(co
 }
 
 // metric returns the value of a counter or gauge, by its name and label.
-func (h *host) metric(t testing.TB, name, label string) (v float64) {
+func (h *host) metric(t *testing.T, name, label string) int {
 	t.Helper()
 	families, err := h.reg.Gather()
 	require.NoError(t, err)
+	v := 0.0
 	for _, f := range families {
 		for _, m := range f.GetMetric() {
 			if f.GetName() == "damselfly_"+name && (label == "" || m.GetLabel()[0].GetValue() == label) {
@@ -353,7 +382,7 @@ func (h *host) metric(t testing.TB, name, label string) (v float64) {
 			}
 		}
 	}
-	return v
+	return int(v)
 }
 
 func registryOrigin(header ...string) api.Origin {
@@ -365,14 +394,23 @@ func registryOrigin(header ...string) api.Origin {
 }
 
 // get reads a whole stream.
-func get(t testing.TB, h *host, r Request, off, n int64) ([]byte, error) {
+func get(t *testing.T, h *host, r Request, off, n int64) ([]byte, error) {
 	t.Helper()
 	s, err := h.Open(t.Context(), r, off, n)
 	if err != nil {
 		return nil, err
 	}
-	defer s.Close()
+	defer func() { require.NoError(t, s.Close()) }()
 	return io.ReadAll(s)
+}
+
+// open opens a stream for the test's time.
+func open(t *testing.T, h *host, r Request, off, n int64) *Stream {
+	t.Helper()
+	s, err := h.Open(t.Context(), r, off, n)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, s.Close()) })
+	return s
 }
 
 const (
@@ -383,7 +421,7 @@ const (
 func addr(s *httptest.Server) string { return strings.TrimPrefix(s.URL, "http://") }
 
 // loopback starts a supernode and a host on loopback.
-func loopback(t testing.TB, cfg PeerConfig, on func(*fakeNode, api.Up), b *blob) (*fakeNode, *host) {
+func loopback(t *testing.T, cfg PeerConfig, on func(*fakeNode, api.Up), b *blob) (*fakeNode, *host) {
 	t.Helper()
 	n := newFakeNode(t, on)
 	if b != nil {
@@ -395,4 +433,18 @@ func loopback(t testing.TB, cfg PeerConfig, on func(*fakeNode, api.Up), b *blob)
 	h := newHost(t, t.TempDir(), cfg, 0, nil)
 	require.NoError(t, h.Ready(t.Context()))
 	return n, h
+}
+
+func contentRange(off, n, size int64) string {
+	return fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, size)
+}
+func itoa(n int) string { return strconv.Itoa(n) }
+
+// pause waits, at most until the test ends.
+func pause(t *testing.T, d time.Duration) {
+	t.Helper()
+	select {
+	case <-time.After(d):
+	case <-t.Context().Done():
+	}
 }

@@ -91,6 +91,7 @@ func (p *Peer) report(s *session, m message) {
 // keepSession opens one session after another until ctx ends.
 func (p *Peer) keepSession(ctx context.Context) error {
 	pause := minBackOff
+	warned := make(map[string]bool)
 	for len(p.cfg.Supernodes) > 0 {
 		for _, base := range p.cfg.Supernodes {
 			began := time.Now()
@@ -98,7 +99,10 @@ func (p *Peer) keepSession(ctx context.Context) error {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			p.log.Warn("no session with the supernode", zap.String("supernode", base), zap.Error(err))
+			if stood || !warned[base] { // not again for every attempt
+				p.log.Warn("no session with the supernode", zap.String("supernode", base), zap.Error(err))
+			}
+			warned[base] = true
 			if time.Since(began) > maxBackOff {
 				pause = minBackOff
 			}

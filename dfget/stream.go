@@ -113,7 +113,7 @@ func (p *Peer) Open(ctx context.Context, req Request, off, n int64) (*Stream, er
 	s := &Stream{p: p, id: req.ID, origin: req.Origin, off: off, answer: make(chan answer, 1)}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.direct = &direct{from: req.Direct}
-	err := s.open(n)
+	err := s.open(n) //nolint:contextcheck // it has s.ctx
 	if err != nil {
 		_ = s.Close()
 		return nil, err

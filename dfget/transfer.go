@@ -177,7 +177,7 @@ func accepted(resp *http.Response, off, end int64) error {
 	}
 	retry := defaultBusy
 	if ms, err := strconv.ParseInt(resp.Header.Get(api.RetryHeader), 10, 64); err == nil && ms >= 0 {
-		retry = min(time.Duration(ms), maxBusy/time.Millisecond) * time.Millisecond
+		retry = time.Duration(min(ms, maxBusy.Milliseconds())) * time.Millisecond
 	}
 	return &failure{why: api.Busy, retry: retry, err: err}
 }

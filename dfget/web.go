@@ -135,7 +135,7 @@ func (w *web) open(ctx context.Context, cancel context.CancelCauseFunc, off int6
 			req.Header.Set("If-Range", w.version)
 		}
 	}
-	resp, err := w.client.Do(req)
+	resp, err := w.client.Do(req) //nolint:bodyclose // webBody closes it
 	if err != nil {
 		if u, ok := errors.AsType[*url.Error](err); ok {
 			err = u.Err // without the URL, which may be signed
