@@ -1,0 +1,52 @@
+package supernode
+
+import (
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
+)
+
+// kernel is a writer as net/http's: what it reads from a file it could send
+// with sendfile.
+type kernel struct {
+	*httptest.ResponseRecorder
+	fromFiles int64
+}
+
+func (k *kernel) ReadFrom(r io.Reader) (int64, error) {
+	n, err := io.Copy(k.ResponseRecorder, r)
+	if l, ok := r.(*io.LimitedReader); ok {
+		if _, ok := l.R.(*os.File); ok {
+			k.fromFiles += n
+		}
+	}
+	return n, err
+}
+
+func TestContentIsSentFromFiles(t *testing.T) {
+	h := newHub(t)
+	b := newBytes(5 << 20)
+	d := h.blob(t, b)
+	r := start(t, h, t.TempDir(), nil)
+	require.Len(t, r.get(http.MethodGet, v2("blobs", d)).body, len(b))
+	require.Eventually(t, func() bool { return r.store.Tasks()[0].Complete }, wait, poll)
+	ticket, err := api.SignTicket(r.key, api.Ticket{Task: d, Host: "one", Expires: 1 << 40})
+	require.NoError(t, err)
+	for _, path := range []string{v2("blobs", d), api.ContentPath(pieces.TaskID(d))} {
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, nil)
+		req.Header.Set(api.TicketHeader, ticket)
+		req.Header.Set("Range", "bytes=100-")
+		w := &kernel{ResponseRecorder: httptest.NewRecorder()}
+		r.Handler().ServeHTTP(w, req)
+		require.Equal(t, http.StatusPartialContent, w.Code)
+		require.Equal(t, hexOf(b[100:]), hexOf(w.Body.Bytes()))
+		require.EqualValues(t, len(b)-100, w.fromFiles, path)
+	}
+}
