@@ -15,35 +15,14 @@ func (b bitset) clear(i int)    { b[i>>6] &^= 1 << (i & 63) }
 func since(i int) uint64 { return ^uint64(0) << (i & 63) }
 
 // firstBoth returns the first member of a and b at or after start, going round
-// at the end, or -1 when they have none in common. Both have the same room, and
-// start may stand one past it.
-func firstBoth(a, b bitset, start int) int {
-	if len(a) == 0 {
-		return -1
-	}
-	b = b[:len(a)]
-	w := start >> 6
-	if w >= len(a) {
-		start, w = 0, 0
-	}
-	if word := a[w] & b[w] & since(start); word != 0 {
-		return w<<6 + bits.TrailingZeros64(word)
-	}
-	for i := w + 1; i < len(a); i++ {
-		if word := a[i] & b[i]; word != 0 {
-			return i<<6 + bits.TrailingZeros64(word)
-		}
-	}
-	for i := 0; i <= w; i++ {
-		if word := a[i] & b[i]; word != 0 {
-			return i<<6 + bits.TrailingZeros64(word)
-		}
-	}
-	return -1
-}
+// at the end, or -1. Both have the same room, and start may stand one past it.
+func firstBoth(a, b bitset, start int) int { return first(a, b, 0, start) }
 
 // firstOnly is firstBoth for the members of a that are not in b.
-func firstOnly(a, b bitset, start int) int {
+func firstOnly(a, b bitset, start int) int { return first(a, b, ^uint64(0), start) }
+
+// first is firstBoth with the bits of b flipped where they are set in flip.
+func first(a, b bitset, flip uint64, start int) int {
 	if len(a) == 0 {
 		return -1
 	}
@@ -52,16 +31,16 @@ func firstOnly(a, b bitset, start int) int {
 	if w >= len(a) {
 		start, w = 0, 0
 	}
-	if word := a[w] &^ b[w] & since(start); word != 0 {
+	if word := a[w] & (b[w] ^ flip) & since(start); word != 0 {
 		return w<<6 + bits.TrailingZeros64(word)
 	}
 	for i := w + 1; i < len(a); i++ {
-		if word := a[i] &^ b[i]; word != 0 {
+		if word := a[i] & (b[i] ^ flip); word != 0 {
 			return i<<6 + bits.TrailingZeros64(word)
 		}
 	}
-	for i := 0; i <= w; i++ {
-		if word := a[i] &^ b[i]; word != 0 {
+	for i := range w + 1 {
+		if word := a[i] & (b[i] ^ flip); word != 0 {
 			return i<<6 + bits.TrailingZeros64(word)
 		}
 	}

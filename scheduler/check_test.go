@@ -6,9 +6,8 @@ import (
 )
 
 // check compares all that s keeps for speed with what follows from the plain
-// facts: who has which piece, who wants, and which transfers run. Hosts that
-// had lanes taken away may have more in use than they have.
-func check(s *Scheduler, shrunk map[HostID]bool) error {
+// facts: who has which piece, who wants, and which transfers run.
+func check(s *Scheduler) error {
 	for _, t := range s.order {
 		if err := checkTask(s, t); err != nil {
 			return fmt.Errorf("task %d: %w", t.id, err)
@@ -31,7 +30,7 @@ func check(s *Scheduler, shrunk map[HostID]bool) error {
 		if h.index != i || s.hosts[h.id] != h || h.gone {
 			return fmt.Errorf("host %d is lost", h.id)
 		}
-		if err := checkHost(h, shrunk[h.id]); err != nil {
+		if err := checkHost(h); err != nil {
 			return fmt.Errorf("host %d: %w", h.id, err)
 		}
 	}
@@ -132,9 +131,9 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 		return fmt.Errorf("has ended")
 	case p.host.banned:
 		return fmt.Errorf("has a banned parent")
-	case tr.reopened && !tr.late, tr.late && tr.ahead, tr.late && tr.next != nil, tr.ahead && tr.next != nil:
-		return fmt.Errorf("late %v reopened %v ahead %v next %v", tr.late, tr.reopened, tr.ahead, tr.next != nil)
-	case tr.next != nil && (!tr.next.ahead || tr.next.child.host != c.host || tr.next.parent.host != p.host):
+	case tr.reopened && !tr.late, tr.late && (tr.before != nil || tr.next != nil), tr.before != nil && tr.next != nil:
+		return fmt.Errorf("late %v reopened %v before %v next %v", tr.late, tr.reopened, tr.before != nil, tr.next != nil)
+	case tr.next != nil && (tr.next.before != tr || tr.next.child.host != c.host || tr.next.parent.host != p.host):
 		return fmt.Errorf("is followed by a stranger")
 	}
 	for i := range c.task.n {
@@ -148,11 +147,11 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 	return nil
 }
 
-func checkHost(h *host, shrunk bool) error {
+func checkHost(h *host) error {
 	in, thin, ahead := 0, 0, 0
 	for _, tr := range h.downs {
 		switch {
-		case tr.ahead:
+		case tr.before != nil:
 			ahead++
 		case !tr.reopened:
 			in++
@@ -164,14 +163,14 @@ func checkHost(h *host, shrunk bool) error {
 	if in != h.in || thin != h.thinIn || ahead > in {
 		return fmt.Errorf("%d download lanes in use, %d thinly, and %d ahead, counted %d and %d", in, thin, ahead, h.in, h.thinIn)
 	}
-	if !shrunk && (in-min(thin, h.down) > h.down || len(h.downs) > 3*h.down) {
+	if in-min(thin, h.down) > h.down || len(h.downs) > most*h.down {
 		return fmt.Errorf("%d downloads, %d download lanes in use of %d, %d thinly", len(h.downs), in, h.down, thin)
 	}
 	out := 0
 	thin, ahead = 0, 0
 	for _, tr := range h.ups {
 		switch {
-		case tr.ahead:
+		case tr.before != nil:
 			ahead++
 		case !tr.late:
 			out++
@@ -183,7 +182,7 @@ func checkHost(h *host, shrunk bool) error {
 	if out != h.out || thin != h.thinOut || ahead > out {
 		return fmt.Errorf("%d upload lanes in use, %d thinly, and %d ahead, counted %d and %d", out, thin, ahead, h.out, h.thinOut)
 	}
-	if !shrunk && (out-min(thin, h.up) > h.up || len(h.ups) > 3*h.up) {
+	if out-min(thin, h.up) > h.up || len(h.ups) > most*h.up {
 		return fmt.Errorf("%d uploads, %d upload lanes in use of %d, %d thinly", len(h.ups), out, h.up, thin)
 	}
 	if h.lent > h.up || h.lent < min(h.up, 1) {

@@ -1,2 +1,73 @@
 // Package scheduler decides who sends which piece to whom.
+//
+// It is a pure state machine: events in (HostUp, Join, Have, Done, Failed, Tick
+// and so on, each with the time), decisions out (Decisions). It does no I/O,
+// starts nothing, and knows no clock and no randomness but what it is given, so
+// the same events in the same order give the same decisions.
+//
+// # The words
+//
+// A host takes part in a task as a peer, which has pieces, needs pieces (it wants
+// them, lacks them, and nothing relied upon brings them), or both. A transfer is
+// one assignment: a run of pieces that a child gets from a parent. It holds a
+// lane at either end, or waits ahead for the lanes of the one before it. A copy
+// of a piece is one that a host has or that is on the way to it; seeds, which
+// are supernodes, do not count. A piece without a copy is fresh.
+//
+// # A piece, as seen from one peer
+//
+//	           assign                     Done, Have
+//	need ------------------> on the way ----------------> have
+//	 ^ ^                      |       |                    |
+//	 | +------ end -----------+       | second             |
+//	 |  (Failed, Cancel,              v                    |
+//	 |   HostDown, Leave)      needed again, and           |
+//	 |                         still on the way ---------->|
+//	 +---------------------- Lost -------------------------+
+//
+// # A transfer
+//
+//	assign, lanes free ---> runs --- lags ---> late ---- second ---> reopened
+//	                         ^                   |                      |
+//	assign, looking ahead    |                   | the parent's lane    | so is the
+//	     |                   |                   | is free again        | child's
+//	     v                   |                   v                      v
+//	   ahead --- the one before ends         end, by: the last piece (Done), the same
+//	             (end of before)             pieces from elsewhere (cancel), Failed,
+//	                                         HostDown, Leave, Lost, TaskRemove
+//
+// A transfer that lags first yields its upload lane, and what it brings no
+// longer counts as copies. Then, unless it is the child that is slow, the child
+// may get the same pieces from a second parent. Whichever transfer loses is
+// cancelled when it has nothing left to bring.
+//
+// # How lanes find each other
+//
+// Events only note what changed: hosts in Scheduler.work, whose lanes or needs
+// have to be looked at, and transfers in Scheduler.ahead. Decisions calls match,
+// which goes through them:
+//
+//	open   the host is put into the rosters of its tasks: room (it may send) and
+//	       hungry (it needs pieces and may receive)
+//	lend   each free upload lane looks for a child among the hungry (childFor)
+//	fill   each free download lane looks for a piece and a parent (feed): what a
+//	       reader waits for, fresh pieces from a seed, the rarest of a sample from
+//	       the best of a few with room, and at last a second copy from a seed
+//	ahead  lanes that are in use get their next assignment (lookAhead)
+//
+// The rosters may hold hosts without a free lane, who are thrown out when found,
+// but they never miss one that has: a parent found full is noted in host.offers
+// and lends by itself when it has a lane again; a child found full fills itself.
+// So no event goes through all hosts. A search gives up after a few looks; who
+// was passed over stays in the rosters, and Tick comes back to it.
+//
+// # Why it is so
+//
+// Assignments that wait at one end for lanes that end at another time leave one
+// of the two idle: on a fluid model of 30 hosts they cost a quarter of the
+// throughput. Lanes that stay together do not, and hide the round trip all the
+// same, so that is the only way of looking ahead here. But lanes that never part
+// spread nothing, so they part when the parent has something as rare for another.
+//
+// Parents choose first (lend before fill). That is worth 4 % with 300 hosts.
 package scheduler

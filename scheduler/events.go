@@ -8,29 +8,20 @@ import (
 	"damselfly.dev/pieces"
 )
 
-// HostUp introduces a host. A known id has its lanes and place changed; what
-// runs goes on.
+// HostUp introduces a host. What was known of an id that is up is forgotten, as
+// by HostDown.
 func (s *Scheduler) HostUp(now time.Time, id HostID, spec Host) {
-	s.clock(now)
-	up, down := min(max(spec.Up, 0), MaxLanes), min(max(spec.Down, 0), MaxLanes)
-	if spec.Seed {
-		down = 0
+	s.HostDown(now, id)
+	h := &host{
+		id: id, index: len(s.list), peers: map[TaskID]*peer{}, zone: spec.Zone, rack: spec.Rack, seed: spec.Seed,
+		up: min(max(spec.Up, 0), MaxLanes), down: min(max(spec.Down, 0), MaxLanes),
 	}
-	if h := s.hosts[id]; h != nil && h.seed != spec.Seed {
-		s.HostDown(now, id)
+	h.lent = h.up
+	if h.seed {
+		h.down = 0
 	}
-	h := s.hosts[id]
-	if h == nil {
-		h = &host{id: id, seed: spec.Seed, index: len(s.list), peers: map[TaskID]*peer{}}
-		s.hosts[id] = h
-		s.list = append(s.list, h)
-	}
-	h.up, h.down, h.lent, h.zone, h.rack = up, down, up, spec.Zone, spec.Rack
-	for _, p := range h.memberships() {
-		s.offer(p)
-	}
-	s.queue(h)
-
+	s.hosts[id] = h
+	s.list = append(s.list, h)
 }
 
 // HostDown forgets a host, its pieces and its transfers; the children of those
@@ -61,7 +52,6 @@ func (s *Scheduler) HostDown(now time.Time, id HostID) {
 	s.list[h.index], last.index = last, h.index
 	s.list = s.list[:len(s.list)-1]
 	delete(s.hosts, id)
-
 }
 
 // memberships returns the host's peers, always in the same order.
@@ -98,7 +88,6 @@ func (s *Scheduler) TaskRemove(now time.Time, id TaskID) {
 	}
 	delete(s.tasks, id)
 	s.order = without(s.order, t)
-
 }
 
 // Join makes host one that has these pieces of task and wants all others; a
@@ -139,7 +128,6 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 		}
 	}
 	s.changed(p)
-
 }
 
 // Leave makes host one that neither wants nor has any of task.
@@ -147,7 +135,6 @@ func (s *Scheduler) Leave(now time.Time, host HostID, task TaskID) {
 	s.clock(now)
 	if p := s.peer(host, task); p != nil {
 		s.detach(p)
-
 	}
 }
 
@@ -165,7 +152,6 @@ func (s *Scheduler) Have(now time.Time, host HostID, task TaskID, first, count i
 		}
 	}
 	s.changed(p)
-
 }
 
 // Lost notes pieces that host has no longer. It wants them again if it wanted
@@ -182,7 +168,6 @@ func (s *Scheduler) Lost(now time.Time, host HostID, task TaskID, first, count i
 		}
 	}
 	s.changed(p)
-
 }
 
 // Want puts a run of pieces before all others that host lacks of task: a reader
@@ -196,7 +181,6 @@ func (s *Scheduler) Want(now time.Time, host HostID, task TaskID, first, count i
 	}
 	p.wantFirst, p.wantEnd = first, first+count
 	s.queue(p.host)
-
 }
 
 // Done notes that one verified piece of a transfer has come. The last one ends
@@ -213,7 +197,6 @@ func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int) {
 	parent.succeeded(s.now)
 	s.gain(child, piece, tr)
 	s.changed(child)
-
 }
 
 // Failed notes that the rest of a transfer will not come. For a busy parent,
@@ -231,20 +214,15 @@ func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failur
 	s.end(tr)
 	switch why {
 	case Busy:
-		child.shun(s.now, s.now+min(max(retry, minRetry), maxRetry), parent)
+		s.shun(child, parent, min(max(retry, minRetry), maxRetry))
 		s.blame(child, parent, parent.lent-1)
 	case Gone:
-		if parent.seed {
-			child.shun(s.now, s.now+seedGone, parent)
-		} else {
-			child.shun(s.now, s.now+goneFor, parent)
-		}
+		s.shun(child, parent, goneFor)
 		s.blame(child, parent, parent.lent/2)
 	case Corrupt:
 		s.accuse(child, parent)
 	}
 	s.undelivered(child)
-
 }
 
 // Tick notes that time has passed: it looks for transfers that lag, hosts that
@@ -261,7 +239,7 @@ func (s *Scheduler) Tick(now time.Time) {
 		return !h.resting
 	})
 	for _, tr := range s.transfers {
-		if tr.child != nil && !tr.ahead && s.lags(tr) {
+		if tr.child != nil && tr.before == nil && !tr.reopened && s.lags(tr) {
 			s.lagging(tr)
 		}
 	}
@@ -313,11 +291,9 @@ func (s *Scheduler) lose(p *peer, i int) {
 	if p.lose(i) {
 		s.reseed(p.task)
 	}
-	for k := 0; k < len(p.host.ups); {
-		if tr := p.host.ups[k]; tr.parent == p && tr.covers(i) {
+	for _, tr := range slices.Clone(p.host.ups) {
+		if tr.parent == p && tr.covers(i) {
 			s.cancel(tr)
-		} else {
-			k++
 		}
 	}
 }
@@ -335,23 +311,19 @@ func (s *Scheduler) changed(p *peer) {
 	}
 	s.offer(p)
 	s.queue(p.host)
+	if p.host.seed {
+		for _, tr := range p.host.ups {
+			s.follow(tr)
+		}
+	}
 }
 
 // detach takes p out of its task and its host, with its transfers.
 func (s *Scheduler) detach(p *peer) {
 	h, t := p.host, p.task
-	for k := 0; k < len(h.downs); {
-		if tr := h.downs[k]; tr.child == p {
+	for _, tr := range slices.Concat(h.downs, h.ups) {
+		if tr.child == p || tr.parent == p {
 			s.cancel(tr)
-		} else {
-			k++
-		}
-	}
-	for k := 0; k < len(h.ups); {
-		if tr := h.ups[k]; tr.parent == p {
-			s.cancel(tr)
-		} else {
-			k++
 		}
 	}
 	p.wants = false

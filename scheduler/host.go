@@ -1,9 +1,6 @@
 package scheduler
 
-import (
-	"slices"
-	"time"
-)
+import "time"
 
 // A host is one HostUp to its HostDown.
 type host struct {
@@ -37,7 +34,6 @@ type host struct {
 	misses             int           // failed uploads since the last piece went out
 	blamedBy           *host         // who reported the last failed upload
 	successes          int           // pieces sent since lent last changed
-	patience           uint          // doublings of the time its transfers are given
 
 	shunned    []shun
 	accused    []*host // by this host, of wrong bytes
@@ -45,21 +41,11 @@ type host struct {
 	distrusted bool // it has accused too many to be believed
 }
 
-// A shun keeps a host off one parent for a while.
-type shun struct {
-	parent *host
-	until  time.Duration
-}
-
-// maxShuns bounds what a host remembers of parents it is to stay off.
-const maxShuns = 32
-
 // most is how many transfers for each of its lanes a host has at most: one that
 // runs, one ahead, and as many that lag or leave most of a lane free.
 const most = 3
 
-// sends tells whether h may be given one more transfer to send: one that runs
-// and one ahead for each lane. What lags holds no lane, but has its bound too.
+// sends tells whether h has an upload lane free. A slow host has but one.
 func (h *host) sends(now time.Duration, slow bool) bool {
 	lanes := h.lent
 	if slow {
@@ -77,16 +63,6 @@ func (h *host) receives(now time.Duration, slow bool) bool {
 	return h.in-min(h.thinIn, h.down) < lanes && len(h.downs) < most*h.down && now >= h.recvRests
 }
 
-// shuns tells whether h stays off parent now.
-func (h *host) shuns(now time.Duration, parent *host) bool {
-	for i := range h.shunned {
-		if h.shunned[i].parent == parent && now < h.shunned[i].until {
-			return true
-		}
-	}
-	return false
-}
-
 // gets tells whether h gets something from parent now.
 func (h *host) gets(parent *host) bool {
 	for _, tr := range h.downs {
@@ -95,20 +71,6 @@ func (h *host) gets(parent *host) bool {
 		}
 	}
 	return false
-}
-
-func (h *host) shun(now, until time.Duration, parent *host) {
-	h.shunned = slices.DeleteFunc(h.shunned, func(s shun) bool { return s.until <= now || s.parent.gone })
-	for i := range h.shunned {
-		if h.shunned[i].parent == parent {
-			h.shunned[i].until = max(h.shunned[i].until, until)
-			return
-		}
-	}
-	if len(h.shunned) == maxShuns {
-		h.shunned = slices.Delete(h.shunned, 0, 1)
-	}
-	h.shunned = append(h.shunned, shun{parent, until})
 }
 
 // near is 2 for hosts of one rack, 1 for hosts of one zone, else 0. A rack is
@@ -122,5 +84,3 @@ func near(a, b *host) int {
 	}
 	return 2
 }
-
-var chainH = 0.0

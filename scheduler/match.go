@@ -19,7 +19,7 @@ func (s *Scheduler) match() {
 		}
 	}
 	for _, id := range s.ahead {
-		if tr := s.find(id); tr != nil && !tr.ahead && !tr.late && tr.next == nil {
+		if tr := s.find(id); tr != nil && tr.before == nil && !tr.late && tr.next == nil {
 			s.lookAhead(tr)
 		}
 	}
@@ -120,7 +120,7 @@ func (s *Scheduler) follow(tr *transfer) { s.ahead = append(s.ahead, tr.id) }
 // something for one who gets nothing at all, or as rare for another as for c.
 func (s *Scheduler) lookAhead(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
-	if s.slow(c.recvRate) || s.slow(p.sendRate) || c.shuns(s.now, p) || s.now < p.sendRests ||
+	if s.slow(c.recvRate) || s.slow(p.sendRate) || s.shuns(c, p) || s.now < p.sendRests ||
 		len(p.ups) >= most*p.up || len(c.downs) >= most*c.down {
 		return
 	}
@@ -181,3 +181,36 @@ func (s *Scheduler) assignRun(child, parent *peer, i int, before *transfer) {
 	}
 	s.assign(child, parent, i, count, before)
 }
+
+// run returns the most pieces of a transfer to child.
+func (s *Scheduler) run(child *peer) int {
+	one := s.pieceTime(child)
+	if one == 0 {
+		return 1
+	}
+	return max(1, min(int(s.cfg.Run/one), child.task.n/taskShare, child.needs/needShare, maxRun))
+}
+
+const (
+	taskShare = 64 // a run is at most this part of the task,
+	needShare = 8  // and this part of what the child needs
+)
+
+// sweep has some of the hungry looked at again, whom a search may have passed
+// over.
+func (s *Scheduler) sweep() {
+	left := sweepSize
+	for range s.order {
+		s.swept++
+		t := s.order[s.swept%len(s.order)]
+		for range min(t.hungry.n, left) {
+			t.sweep = t.hungry.first(t.hungry.bitset, t.sweep)
+			s.queue(t.peers[t.sweep].host)
+			t.sweep++
+			left--
+		}
+	}
+}
+
+// sweepSize is how many of the hungry one Tick looks at.
+const sweepSize = 4096

@@ -1,5 +1,7 @@
 package scheduler
 
+import "damselfly.dev/pieces"
+
 const (
 	// looks is how many of the hungry, or of those with room, one search looks
 	// at before it gives up: the work for an event is bounded, and Tick comes
@@ -17,7 +19,7 @@ func (s *Scheduler) childFor(p *peer) *peer {
 		return nil
 	}
 	var best *peer
-	found := 0
+	rank, found := 0, 0
 	at := s.rnd.IntN(len(t.peers))
 	for range min(looks, t.hungry.n) {
 		if at = t.hungry.first(t.hungry.bitset, at); at < 0 {
@@ -29,11 +31,11 @@ func (s *Scheduler) childFor(p *peer) *peer {
 			t.hungry.remove(c.slot)
 			continue
 		}
-		if c.host.shuns(s.now, p.host) || firstBoth(c.need, p.have, 0) < 0 {
+		if s.shuns(c.host, p.host) || firstBoth(c.need, p.have, 0) < 0 {
 			continue
 		}
-		if best == nil || s.betterChild(c, best, p.host) {
-			best = c
+		if r := s.childRank(c, p.host); best == nil || r > rank {
+			best, rank = c, r
 		}
 		if found++; found == choices {
 			break
@@ -42,23 +44,25 @@ func (s *Scheduler) childFor(p *peer) *peer {
 	return best
 }
 
-// betterChild prefers who gets nothing from the parent yet, then who is not
-// slow, then who has nothing on the way, then who is near, and who has most to get.
-func (s *Scheduler) betterChild(a, b *peer, parent *host) bool {
-	if x, y := a.host.gets(parent), b.host.gets(parent); x != y {
-		return y
+// childRank is highest for who gets nothing from the parent yet, then for who is
+// not slow, then for who gets nothing at all, then for who is near, and then for
+// who needs most.
+func (s *Scheduler) childRank(c *peer, parent *host) int {
+	rank := c.needs + near(c.host, parent)*rankUnit
+	if c.host.in == 0 {
+		rank += 4 * rankUnit
 	}
-	if x, y := s.slow(a.host.recvRate), s.slow(b.host.recvRate); x != y {
-		return y
+	if !s.slow(c.host.recvRate) {
+		rank += 8 * rankUnit
 	}
-	if x, y := a.host.in == 0, b.host.in == 0; x != y {
-		return x
+	if !c.host.gets(parent) {
+		rank += 16 * rankUnit
 	}
-	if x, y := near(a.host, parent), near(b.host, parent); x != y {
-		return x > y
-	}
-	return a.needs > b.needs
+	return rank
 }
+
+// rankUnit is more than the needs of a peer and the lanes of a host.
+const rankUnit = pieces.MaxPieces + 1
 
 // parentFor returns the best of a few random holders of piece i that have room,
 // or nil.
@@ -68,7 +72,7 @@ func (s *Scheduler) parentFor(c *peer, i int) *peer {
 		return nil
 	}
 	var best *peer
-	found := 0
+	rank, found := 0, 0
 	at := s.rnd.IntN(len(t.peers))
 	for range min(looks, t.room.n) {
 		if at = t.room.first(t.holders[i], at); at < 0 {
@@ -76,17 +80,30 @@ func (s *Scheduler) parentFor(c *peer, i int) *peer {
 		}
 		p := t.peers[at]
 		at++
-		if !s.hasRoom(p) || c.host.shuns(s.now, p.host) {
+		if !s.hasRoom(p) || s.shuns(c.host, p.host) {
 			continue
 		}
-		if best == nil || s.betterParent(p, best, c.host) {
-			best = p
+		if r := s.parentRank(p.host, c.host); best == nil || r > rank {
+			best, rank = p, r
 		}
 		if found++; found == choices {
 			break
 		}
 	}
 	return best
+}
+
+// parentRank is highest for who sends the child nothing yet, then for who is not
+// slow, then for who is near, and then for who has most lanes free.
+func (s *Scheduler) parentRank(p, child *host) int {
+	rank := p.lent - p.out + near(p, child)*rankUnit
+	if !s.slow(p.sendRate) {
+		rank += 4 * rankUnit
+	}
+	if !child.gets(p) {
+		rank += 8 * rankUnit
+	}
+	return rank
 }
 
 // hasRoom tells whether p, who was found in the room of its task, belongs there.
@@ -98,21 +115,6 @@ func (s *Scheduler) hasRoom(p *peer) bool {
 	p.task.room.remove(p.slot)
 	s.offer(p)
 	return false
-}
-
-// betterParent prefers who sends the child nothing yet, then who is not slow,
-// who is near, and who has most lanes free.
-func (s *Scheduler) betterParent(a, b *peer, child *host) bool {
-	if x, y := child.gets(a.host), child.gets(b.host); x != y {
-		return y
-	}
-	if x, y := s.slow(a.host.sendRate), s.slow(b.host.sendRate); x != y {
-		return y
-	}
-	if x, y := near(a.host, child), near(b.host, child); x != y {
-		return x > y
-	}
-	return a.host.out*b.host.lent < b.host.out*a.host.lent
 }
 
 // feed makes somebody send c something: what its reader waits for, what the
@@ -138,11 +140,8 @@ func (s *Scheduler) feedWanted(c *peer) bool {
 			s.assignRun(c, p, i, nil)
 			return true
 		}
-		for _, p := range c.task.seeds {
-			if c.task.copies[i] == 0 && p.have.has(i) && s.seedSends(p, c) {
-				s.assignRun(c, p, i, nil)
-				return true
-			}
+		if c.task.copies[i] == 0 && s.feedFresh(c) {
+			return true
 		}
 		at = i + 1
 	}
@@ -185,7 +184,7 @@ func (s *Scheduler) seedSends(p, c *peer) bool {
 		s.offer(p)
 		return false
 	}
-	return !c.host.shuns(s.now, p.host)
+	return !s.shuns(c.host, p.host)
 }
 
 // feedRare looks at a sample of the pieces that c needs and others have, from
@@ -213,7 +212,7 @@ func (s *Scheduler) feedRare(c *peer) bool {
 		}
 		p := t.peers[at]
 		at++
-		if s.hasRoom(p) && !c.host.shuns(s.now, p.host) && firstBoth(c.need, p.have, 0) >= 0 {
+		if s.hasRoom(p) && !s.shuns(c.host, p.host) && firstBoth(c.need, p.have, 0) >= 0 {
 			s.assignRun(c, p, s.pieceFor(c, p), nil)
 			return true
 		}

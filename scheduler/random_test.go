@@ -13,24 +13,23 @@ import (
 // region is a dumb twin of the hosts: it follows decisions in any order, at any
 // time, and tells the scheduler what comes of them, along with lies.
 type region struct {
-	s      *Scheduler
-	rnd    *rand.Rand
-	now    time.Time
-	spec   map[HostID]Host
-	shrunk map[HostID]bool // had lanes taken away
-	n      map[TaskID]int
-	part   map[HostID]map[TaskID]*pieces.Set
-	told   []Decision          // assignments that have not ended
-	left   map[TransferID]int  // pieces that have not come
-	ever   map[TransferID]bool // was told
-	bad    map[HostID]bool     // send wrong bytes
-	dead   map[HostID]bool     // cannot be reached, though their session stands
+	s    *Scheduler
+	rnd  *rand.Rand
+	now  time.Time
+	spec map[HostID]Host
+	n    map[TaskID]int
+	part map[HostID]map[TaskID]*pieces.Set
+	told []Decision          // assignments that have not ended
+	left map[TransferID]int  // pieces that have not come
+	ever map[TransferID]bool // was told
+	bad  map[HostID]bool     // send wrong bytes
+	dead map[HostID]bool     // cannot be reached, though their session stands
 }
 
 func newRegion(seed uint64) *region {
 	return &region{
 		s: New(DefaultConfig(), rand.New(rand.NewPCG(seed, 1))), rnd: rand.New(rand.NewPCG(seed, 2)), now: time.Unix(1000, 0),
-		spec: map[HostID]Host{}, n: map[TaskID]int{}, part: map[HostID]map[TaskID]*pieces.Set{}, left: map[TransferID]int{}, shrunk: map[HostID]bool{}, ever: map[TransferID]bool{},
+		spec: map[HostID]Host{}, n: map[TaskID]int{}, part: map[HostID]map[TaskID]*pieces.Set{}, left: map[TransferID]int{}, ever: map[TransferID]bool{},
 		bad: map[HostID]bool{}, dead: map[HostID]bool{},
 	}
 }
@@ -71,7 +70,7 @@ func (r *region) settle() error {
 		r.left[d.Transfer] = d.Count
 		r.ever[d.Transfer] = true
 	}
-	return check(r.s, r.shrunk)
+	return check(r.s)
 }
 
 // follow carries on one assignment that may be carried on; false when there is none.
@@ -118,12 +117,12 @@ func (r *region) follow() bool {
 
 func (r *region) hostUp() {
 	id := HostID(r.rnd.IntN(20))
-	if _, ok := r.spec[id]; ok {
+	if _, ok := r.spec[id]; ok && r.rnd.IntN(4) > 0 {
 		return
 	}
+	r.told = slices.DeleteFunc(r.told, func(d Decision) bool { return d.Host == id })
 	h := Host{Up: r.rnd.IntN(4), Down: r.rnd.IntN(4), Zone: "z" + string(rune('a'+r.rnd.IntN(2))), Rack: "r" + string(rune('a'+r.rnd.IntN(3)))}
 	r.spec[id] = h
-	r.shrunk[id] = false
 	r.part[id] = map[TaskID]*pieces.Set{}
 	r.bad[id], r.dead[id] = r.rnd.IntN(15) == 0, r.rnd.IntN(15) == 0
 	r.s.HostUp(r.now, id, h)
@@ -199,22 +198,15 @@ func (r *region) step() {
 	case k < 91:
 		r.lie()
 	case k < 92:
-		r.again(id, task)
+		r.again(task)
 	default:
 		r.now = r.now.Add(time.Duration(r.rnd.IntN(300)) * time.Millisecond)
 		r.s.Tick(r.now)
 	}
 }
 
-// again removes and adds a task, or changes a host's lanes.
-func (r *region) again(id HostID, task TaskID) {
-	if h, ok := r.spec[id]; ok && r.rnd.IntN(2) == 0 {
-		h.Up, h.Down = r.rnd.IntN(4), r.rnd.IntN(4)
-		r.shrunk[id] = true
-		r.spec[id] = h
-		r.s.HostUp(r.now, id, h)
-		return
-	}
+// again removes and adds a task.
+func (r *region) again(task TaskID) {
 	r.s.TaskRemove(r.now, task)
 	for _, part := range r.part {
 		delete(part, task)

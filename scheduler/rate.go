@@ -1,14 +1,28 @@
 package scheduler
 
-import "time"
+import (
+	"slices"
+	"time"
 
-// rate estimates how long a lane takes for a byte, in nanoseconds; 0 is not
-// known yet.
+	"damselfly.dev/pieces"
+)
+
+const (
+	slowness   = 8   // how many times slower than others a host is slow
+	thinness   = 2.5 // how many times slower than one end's others a transfer leaves room beside it
+	censusSize = 63  // how many hosts tell what is typical
+)
+
+// rate is how long a lane takes for a byte, in nanoseconds; 0 is not known yet.
 type rate float64
 
-// best moves r quickly towards faster and slowly towards slower, so that it
+// of returns the time for so many bytes.
+func (r rate) of(bytes int64) time.Duration { return time.Duration(float64(r) * float64(bytes)) }
+
+// note moves r quickly towards faster and slowly towards slower, so that it
 // tells what a host can do: one slow partner does not make the host slow.
-func (r *rate) best(seen rate) {
+func (r *rate) note(took time.Duration, bytes int64) {
+	seen := rate(took) / rate(bytes)
 	switch {
 	case *r == 0:
 		*r = seen
@@ -19,5 +33,60 @@ func (r *rate) best(seen rate) {
 	}
 }
 
-// of returns the time for so many bytes.
-func (r rate) of(bytes int64) time.Duration { return time.Duration(float64(r) * float64(bytes)) }
+// measure learns from the piece that tr has brought.
+func (s *Scheduler) measure(tr *transfer, piece int) {
+	took, size := s.now-tr.since, tr.child.task.layout.Size(piece)
+	if tr.before == nil && size >= pieces.MinPieceSize && took > 0 {
+		tr.child.host.recvRate.note(took, size)
+		tr.parent.host.sendRate.note(took, size)
+	}
+	tr.since = s.now
+}
+
+// census finds what is typical: the median over some hosts, so that no host can
+// say it alone.
+func (s *Scheduler) census() {
+	var seen [censusSize]rate
+	n := 0
+	for range min(2*censusSize, 4*len(s.list)) {
+		if r := s.list[s.rnd.IntN(len(s.list))].recvRate; r > 0 && n < censusSize {
+			seen[n] = r
+			n++
+		}
+	}
+	if n > 0 {
+		slices.Sort(seen[:n])
+		s.typical = seen[n/2]
+	}
+}
+
+// slow tells whether a host of this rate would hold its partners' lanes for
+// many times as long as others do.
+func (s *Scheduler) slow(r rate) bool { return s.typical > 0 && r > slowness*s.typical }
+
+// pieceTime is how long a piece of c's task should take to come to c.
+func (s *Scheduler) pieceTime(c *peer) time.Duration {
+	return max(s.typical, c.host.recvRate).of(c.task.layout.PieceSize)
+}
+
+// lags tells whether tr takes several times as long as its like.
+func (s *Scheduler) lags(tr *transfer) bool {
+	expected := s.pieceTime(tr.child)
+	return s.typical > 0 && s.now-tr.since > max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
+}
+
+// lagging takes from tr, which lags, what others can use better. When the parent
+// sent to others meanwhile and the child got nothing from anybody, it is the
+// child's fault, and a second parent would not help.
+func (s *Scheduler) lagging(tr *transfer) {
+	c, p := tr.child.host, tr.parent.host
+	if !tr.late {
+		s.yield(tr)
+	}
+	if c.lastRecv <= tr.since && p.lastSent > tr.since {
+		return
+	}
+	p.sendRate.note(s.now-tr.since, tr.child.task.layout.PieceSize)
+	s.shun(c, p, goneFor)
+	s.second(tr)
+}

@@ -22,7 +22,7 @@ type Host struct {
 }
 
 // MaxLanes bounds the lanes of a host each way; more count as so many.
-const MaxLanes = 1024
+const MaxLanes = 256
 
 // Failure says why a transfer ended early.
 type Failure int
@@ -46,8 +46,9 @@ const (
 
 // Decision is for Host to follow. It begins what it is assigned at once and
 // side by side, whatever else it has under way, but a transfer that names
-// another in After begins when that one has ended in whatever way. What is not
-// told to a host within a moment should be reported as Failed.
+// another in After begins when that one has ended in whatever way. What it has
+// already, by a transfer that was cancelled, it reports as Done at once. A
+// Cancel may come for a transfer that has ended meanwhile.
 type Decision struct {
 	Kind         Kind
 	Transfer     TransferID
@@ -85,7 +86,7 @@ func DefaultConfig() Config {
 //
 // Events come from hosts that may be wrong, late or hostile: one that names an
 // unknown host, task or transfer, somebody else's transfer, or pieces out of
-// range changes nothing.
+// range changes nothing. What was decided is told by Decisions alone.
 type Scheduler struct {
 	cfg   Config
 	rnd   *rand.Rand
@@ -99,9 +100,9 @@ type Scheduler struct {
 	transfers []*transfer // by slot
 	free      []*transfer // the slots no transfer is in
 
-	work    []*host      // whose lanes or needs have changed since the last settle
+	work    []*host      // whose lanes or needs have changed since the last match
 	ahead   []TransferID // those whose lanes may be given away ahead
-	spare   []*host
+	spare   []*host      // work's other half
 	resting []*host
 	typical rate // the median of what hosts receive at
 	sample  []candidate
@@ -112,6 +113,7 @@ type Scheduler struct {
 
 // New returns a scheduler that draws from rnd, which is its own from then on.
 func New(cfg Config, rnd *rand.Rand) *Scheduler {
+	cfg.Sample = max(cfg.Sample, 1)
 	return &Scheduler{
 		cfg: cfg, rnd: rnd,
 		hosts: map[HostID]*host{}, tasks: map[TaskID]*task{},
@@ -119,8 +121,9 @@ func New(cfg Config, rnd *rand.Rand) *Scheduler {
 	}
 }
 
-// Decisions returns what was decided since the last call, in the order to be
-// followed. The slice is valid until the next call on s.
+// Decisions decides what follows from the events since the last call, and
+// returns it in the order to be followed. Call it after every event, or after a
+// batch of those that came together. The slice is valid until the next call on s.
 func (s *Scheduler) Decisions() []Decision {
 	s.match()
 	d := s.decisions

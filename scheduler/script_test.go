@@ -77,7 +77,7 @@ func runScript(t *testing.T, text string) string {
 			}
 		}
 		r.decisions()
-		if err := check(r.s, nil); err != nil {
+		if err := check(r.s); err != nil {
 			t.Fatalf("after %s:\n%v", commands, err)
 		}
 		if strings.TrimSpace(commands) != "" && !onlyComments(commands) {

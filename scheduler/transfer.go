@@ -22,7 +22,7 @@ type transfer struct {
 	first, count  int
 	left          uint64        // pieces of the run that have not come, the first in the lowest bit
 	since         time.Duration // when it was told, became active or brought a piece, whatever was last
-	ahead         bool          // it waits for the lanes of the one before it
+	before        *transfer     // whose lanes it waits for; nil when it has lanes of its own
 	next          *transfer     // the one that waits for its lanes
 	thinUp        bool          // the child takes a fraction of what the parent's lane gives,
 	thinDown      bool          // or the parent gives a fraction of what the child's takes
@@ -61,7 +61,7 @@ func (s *Scheduler) assign(child, parent *peer, first, count int, before *transf
 	c.downs = append(c.downs, tr)
 	p.ups = append(p.ups, tr)
 	if before != nil {
-		tr.ahead, before.next = true, tr
+		tr.before, before.next = before, tr
 		s.decide(Assign, tr, before.id)
 		return
 	}
@@ -85,17 +85,20 @@ func (tr *transfer) occupy() {
 	}
 }
 
-func (tr *transfer) freeUp() {
-	tr.parent.host.out--
-	if tr.thinUp {
-		tr.parent.host.thinOut--
+// vacate gives up the lane of either end, or both.
+func (tr *transfer) vacate(up, down bool) {
+	c, p := tr.child.host, tr.parent.host
+	if up {
+		p.out--
+		if tr.thinUp {
+			p.thinOut--
+		}
 	}
-}
-
-func (tr *transfer) freeDown() {
-	tr.child.host.in--
-	if tr.thinDown {
-		tr.child.host.thinIn--
+	if down {
+		c.in--
+		if tr.thinDown {
+			c.thinIn--
+		}
 	}
 }
 
@@ -135,25 +138,16 @@ func (s *Scheduler) end(tr *transfer) {
 	j, last := slices.Index(p.ups, tr), len(p.ups)-1
 	p.ups[j], p.ups[last] = p.ups[last], nil
 	p.ups = p.ups[:last]
-	if tr.ahead {
-		for _, before := range c.downs {
-			if before.next == tr {
-				before.next = nil
-			}
-		}
+	if tr.before != nil {
+		tr.before.next = nil
 	} else {
-		if !tr.reopened {
-			tr.freeDown()
-		}
-		if !tr.late {
-			tr.freeUp()
-		}
-		if next := tr.next; next != nil {
-			next.ahead, next.since = false, s.now
-			next.thinUp, next.thinDown = tr.thinUp, tr.thinDown
-			next.occupy()
-			s.follow(next)
-		}
+		tr.vacate(!tr.late, !tr.reopened)
+	}
+	if next := tr.next; next != nil {
+		next.before, next.since = nil, s.now
+		next.thinUp, next.thinDown = tr.thinUp, tr.thinDown
+		next.occupy()
+		s.follow(next)
 	}
 	*tr = transfer{id: tr.id + 1<<slotBits}
 	s.free = append(s.free, tr)
@@ -169,8 +163,8 @@ func (s *Scheduler) cancel(tr *transfer) {
 	s.end(tr)
 }
 
-// yield takes the upload lane from tr, whose child is slow or dead: the parent
-// has better to do, and others may be sent what it was to bring.
+// yield takes the upload lane from tr: others may have it, and may be sent what
+// tr was to bring.
 func (s *Scheduler) yield(tr *transfer) {
 	if tr.next != nil {
 		s.cancel(tr.next)
@@ -179,35 +173,30 @@ func (s *Scheduler) yield(tr *transfer) {
 	for left := tr.left; left != 0; left &= left - 1 {
 		s.dropCopy(tr.child.task, tr.first+bits.TrailingZeros64(left))
 	}
-	tr.freeUp()
+	tr.vacate(true, false)
 	s.queue(tr.parent.host)
 }
 
-// second lets the child of tr, whose parent lags, have the pieces from another
-// parent as well: the first to bring one wins. A lane of the child stays with
-// tr, so the last of its lanes is never left to one that lags.
+// second lets the child of tr, which is late, get the pieces from another parent
+// as well: the first to bring one wins. No piece is sent to it three times, and
+// not all that comes to it may be late ones.
 func (s *Scheduler) second(tr *transfer) {
-	child, late := tr.child, 1
-	for _, other := range slices.Clone(child.host.downs) {
-		if other.reopened && other.child == child && other.left != 0 && overlap(other, tr) {
-			s.cancel(other)
-		} else if other.reopened {
+	late := 0
+	for _, other := range tr.child.host.downs {
+		if other.reopened {
 			late++
+			if other.child == tr.child && other.first < tr.first+tr.count && tr.first < other.first+other.count {
+				return
+			}
 		}
 	}
-	if late > child.host.down {
-		s.cancel(tr)
+	if late >= tr.child.host.down {
 		return
-	}
-	if !tr.late {
-		s.yield(tr)
 	}
 	tr.reopened = true
 	for left := tr.left; left != 0; left &= left - 1 {
-		child.reopen(tr.first + bits.TrailingZeros64(left))
+		tr.child.reopen(tr.first + bits.TrailingZeros64(left))
 	}
-	tr.freeDown()
-	s.queue(child.host)
+	tr.vacate(false, true)
+	s.queue(tr.child.host)
 }
-
-func overlap(a, b *transfer) bool { return a.first < b.first+b.count && b.first < a.first+a.count }
