@@ -18,6 +18,7 @@ func BenchmarkDecisions(b *testing.B) {
 }
 
 func benchmarkDecisions(b *testing.B, hosts, n int) {
+	b.Helper()
 	b.ReportAllocs()
 	now := time.Unix(0, 0)
 	var s *Scheduler

@@ -73,11 +73,11 @@ func (r *region) settle() error {
 	return check(r.s)
 }
 
-// follow carries on one assignment that may be carried on; false when there is none.
-func (r *region) follow() bool {
+// follow carries on one assignment that may be carried on, if there is one.
+func (r *region) follow() {
 	for range 20 {
 		if len(r.told) == 0 {
-			return false
+			return
 		}
 		i := r.rnd.IntN(len(r.told))
 		d := r.told[i]
@@ -100,7 +100,7 @@ func (r *region) follow() bool {
 		if fails {
 			r.told = slices.Delete(r.told, i, i+1)
 			r.s.Failed(r.now, d.Host, d.Transfer, why, time.Duration(r.rnd.IntN(1000))*time.Millisecond)
-			return true
+			return
 		}
 		p := d.First + d.Count - r.left[d.Transfer]
 		if r.left[d.Transfer]--; r.left[d.Transfer] == 0 {
@@ -110,9 +110,9 @@ func (r *region) follow() bool {
 			set.Add(p)
 		}
 		r.s.Done(r.now, d.Host, d.Transfer, p)
-		return true
+		return
 	}
-	return false
+	return
 }
 
 func (r *region) hostUp() {

@@ -65,11 +65,11 @@ func runScript(t *testing.T, text string) string {
 		number: map[TransferID]int{}, sizes: map[TaskID]int{},
 	}
 	var out strings.Builder
-	for _, paragraph := range strings.Split(strings.TrimSpace(text), "\n\n") {
+	for paragraph := range strings.SplitSeq(strings.TrimSpace(text), "\n\n") {
 		commands, _, _ := strings.Cut(paragraph, "\n----")
 		fmt.Fprintf(&out, "%s\n", commands)
 		r.out.Reset()
-		for _, line := range strings.Split(commands, "\n") {
+		for line := range strings.SplitSeq(commands, "\n") {
 			if words := strings.Fields(line); len(words) > 0 && words[0] != "#" {
 				if err := r.command(words[0], words[1:]); err != nil {
 					t.Fatalf("%s: %v", line, err)
@@ -89,7 +89,7 @@ func runScript(t *testing.T, text string) string {
 }
 
 func onlyComments(text string) bool {
-	for _, line := range strings.Split(text, "\n") {
+	for line := range strings.SplitSeq(text, "\n") {
 		if !strings.HasPrefix(line, "# ") {
 			return false
 		}

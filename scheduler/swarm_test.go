@@ -162,11 +162,19 @@ func expect(t *testing.T, what string, got, low, high float64) {
 
 func TestFlashCrowd(t *testing.T) {
 	for _, c := range []crowd{
-		{hosts: 1, pieces: 256}, {hosts: 2, pieces: 256},
-		{hosts: 8, pieces: 256}, {hosts: 16, pieces: 256}, {hosts: 30, pieces: 256}, {hosts: 300, pieces: 256},
-		{hosts: 8, pieces: 256, lanes: 4}, {hosts: 16, pieces: 256, lanes: 4}, {hosts: 30, pieces: 256, lanes: 4},
+		{hosts: 1, pieces: 256},
+		{hosts: 2, pieces: 256},
+		{hosts: 8, pieces: 256},
+		{hosts: 16, pieces: 256},
+		{hosts: 30, pieces: 256},
+		{hosts: 300, pieces: 256},
+		{hosts: 8, pieces: 256, lanes: 4},
+		{hosts: 16, pieces: 256, lanes: 4},
+		{hosts: 30, pieces: 256, lanes: 4},
 		{hosts: 30, pieces: 256, lanes: 1},
-		{hosts: 8, pieces: 256, latency: 0.1}, {hosts: 16, pieces: 256, latency: 0.1}, {hosts: 30, pieces: 256, latency: 0.1},
+		{hosts: 8, pieces: 256, latency: 0.1},
+		{hosts: 16, pieces: 256, latency: 0.1},
+		{hosts: 30, pieces: 256, latency: 0.1},
 		{hosts: 30, pieces: 256, reading: true},
 	} {
 		t.Run(fmt.Sprintf("hosts=%d,lanes=%d,latency=%v,reading=%v", c.hosts, c.lanes, c.latency, c.reading), func(t *testing.T) {
