@@ -21,7 +21,7 @@ import (
 // short is a scenario with a small image, on links that make it take seconds.
 func short(t *testing.T, scenario string, hosts int) config {
 	t.Helper()
-	dir, err := os.MkdirTemp("/var/tmp", "demo") // the names of sockets must be short
+	dir, err := os.MkdirTemp("/var/tmp", "demo") //nolint:usetesting // the names of sockets must be short
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -81,7 +81,7 @@ func (d *docker) call(ctx context.Context, method, path string) (io.ReadCloser, 
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()
-		said, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10)) //nolint:errcheck // only to be shown
+		said, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
 		return nil, fmt.Errorf("dockerd answers %s: %s", resp.Status, said)
 	}
 	return resp.Body, nil

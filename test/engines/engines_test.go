@@ -87,6 +87,7 @@ func TestEngines(t *testing.T) {
 }
 
 func testEngine(t *testing.T, e engine, img v1.Image, bin string) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*pullLimit)
 	defer cancel()
 	hosts := []lab.HostConfig{{Name: "registry"}, {Name: "supernode"}, {Name: "first"}, {Name: "second"}}

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -26,29 +27,30 @@ import (
 // recipe is part of every cached image's name: raise it when what is made changes.
 const recipe = "1"
 
-// Small is an image of some 20 MB in five layers, of the Go tree alone.
+// Small is an image of some 25 MB in five layers, of the Go tree alone.
 func Small(ctx context.Context, cache string) (v1.Image, error) {
-	root := runtime.GOROOT()
-	return cached(ctx, cache, "small", func(context.Context, string) ([]source, error) {
+	return cached(ctx, cache, "small", func(_ context.Context, goTree, _ string) ([]source, error) {
 		return []source{
-			{root: root, prefix: "usr/local/go", paths: []string{"src/crypto", "src/net"}},
-			{root: root, prefix: "usr/local/go", paths: []string{"bin"}},
-			{root: root, prefix: "usr/local/go", paths: []string{"src/cmd/compile", "src/cmd/link"}},
-			{root: root, prefix: "usr/local/go", paths: []string{"src/runtime", "src/syscall"}},
-			{root: root, prefix: "usr/local/go", paths: []string{"VERSION", "lib"}},
+			{root: goTree, prefix: "usr/local/go", paths: []string{"src/crypto", "src/net"}},
+			{root: goTree, prefix: "usr/local/go", paths: []string{"bin"}},
+			{root: goTree, prefix: "usr/local/go", paths: []string{"src/cmd/compile", "src/cmd/link"}},
+			{root: goTree, prefix: "usr/local/go", paths: []string{"src/runtime", "src/syscall"}},
+			{root: goTree, prefix: "usr/local/go", paths: []string{"VERSION", "lib"}},
 		}, nil
 	})
 }
 
 // GoTree is an image of some 75 MB in five layers, of the Go tree alone.
 func GoTree(ctx context.Context, cache string) (v1.Image, error) {
-	return cached(ctx, cache, "gotree", func(context.Context, string) ([]source, error) { return goTree(), nil })
+	return cached(ctx, cache, "gotree", func(_ context.Context, goTree, _ string) ([]source, error) {
+		return wholeTree(goTree), nil
+	})
 }
 
 // Debian is an image of some 180 MB in eight layers: a Debian root that
 // debootstrap makes, which needs root, and the Go tree on top of it.
 func Debian(ctx context.Context, cache string) (v1.Image, error) {
-	return cached(ctx, cache, "debian", func(ctx context.Context, work string) ([]source, error) {
+	return cached(ctx, cache, "debian", func(ctx context.Context, goTree, work string) ([]source, error) {
 		root, err := debootstrap(ctx, work)
 		if err != nil {
 			return nil, err
@@ -58,25 +60,33 @@ func Debian(ctx context.Context, cache string) (v1.Image, error) {
 			{root: root, paths: []string{"usr/lib"}},
 			{root: root, paths: []string{"usr/share"}},
 		}
-		return append(base, goTree()...), nil
+		return append(base, wholeTree(goTree)...), nil
 	})
 }
 
-func goTree() []source {
-	root := runtime.GOROOT()
+func wholeTree(goTree string) []source {
 	return []source{
-		{root: root, prefix: "usr/local/go", paths: []string{"pkg", "lib"}},
-		{root: root, prefix: "usr/local/go", paths: []string{"bin"}},
-		{root: root, prefix: "usr/local/go", paths: []string{"src/cmd"}},
-		{root: root, prefix: "usr/local/go", paths: []string{"src"}, skip: []string{"src/cmd"}},
-		{root: root, prefix: "usr/local/go", paths: []string{"VERSION", "api", "doc", "misc", "test"}},
+		{root: goTree, prefix: "usr/local/go", paths: []string{"pkg", "lib"}},
+		{root: goTree, prefix: "usr/local/go", paths: []string{"bin"}},
+		{root: goTree, prefix: "usr/local/go", paths: []string{"src/cmd"}},
+		{root: goTree, prefix: "usr/local/go", paths: []string{"src"}, skip: []string{"src/cmd"}},
+		{root: goTree, prefix: "usr/local/go", paths: []string{"VERSION", "api", "doc", "misc", "test"}},
 	}
 }
 
+// sources are the layers of an image, lowest first, made of the Go tree and of
+// what it makes itself below work.
+type sources func(ctx context.Context, goTree, work string) ([]source, error)
+
 // cached returns the image of that name, which it makes once for each recipe,
 // Go tree and processor and keeps below cache.
-func cached(ctx context.Context, cache, name string, sources func(context.Context, string) ([]source, error)) (v1.Image, error) {
-	version, err := os.ReadFile(filepath.Join(runtime.GOROOT(), "VERSION"))
+func cached(ctx context.Context, cache, name string, of sources) (v1.Image, error) {
+	out, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
+	if err != nil {
+		return nil, fmt.Errorf("find the Go tree: %w", err)
+	}
+	goTree := strings.TrimSpace(string(out))
+	version, err := os.ReadFile(filepath.Join(goTree, "VERSION"))
 	if err != nil {
 		return nil, fmt.Errorf("read the Go tree's version: %w", err)
 	}
@@ -94,7 +104,7 @@ func cached(ctx context.Context, cache, name string, sources func(context.Contex
 		return nil, fmt.Errorf("make the image cache: %w", err)
 	}
 	defer os.RemoveAll(work)
-	layers, err := sources(ctx, work)
+	layers, err := of(ctx, goTree, work)
 	if err != nil {
 		return nil, err
 	}

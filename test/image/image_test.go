@@ -10,7 +10,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -23,8 +22,7 @@ import (
 
 func tiny(t *testing.T, cache string) v1.Image {
 	t.Helper()
-	img, err := cached(t.Context(), cache, "tiny", func(context.Context, string) ([]source, error) {
-		root := runtime.GOROOT()
+	img, err := cached(t.Context(), cache, "tiny", func(_ context.Context, root, _ string) ([]source, error) {
 		return []source{
 			{root: root, prefix: "go", paths: []string{"src/sync", "not/there"}, skip: []string{"src/sync/atomic"}},
 			{root: root, prefix: "go", paths: []string{"VERSION"}},

@@ -176,6 +176,7 @@ func TestProcesses(t *testing.T) {
 }
 
 func testProcesses(t *testing.T, l *Lab) {
+	t.Helper()
 	a := l.Host("a")
 	if err := a.Run(t.Context(), "good", exec.Command("sh", "-c", "echo out; echo err >&2")); err != nil {
 		t.Error(err)
@@ -319,6 +320,7 @@ func readAllowed(t *testing.T) string {
 
 // ownLab owns a lab until it is killed.
 func ownLab(t *testing.T, dir string) {
+	t.Helper()
 	l, err := New(t.Context(), Config{Dir: dir, Hosts: []HostConfig{{Name: "a", Up: Mbit, Down: Mbit}}})
 	if err != nil {
 		t.Fatal(err)
@@ -327,6 +329,6 @@ func ownLab(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	os.Stdout.WriteString("child " + strconv.Itoa(p.PID()) + "\n") //nolint:errcheck // the parent sees it missing
+	os.Stdout.WriteString("child " + strconv.Itoa(p.PID()) + "\n")
 	<-p.Done()
 }

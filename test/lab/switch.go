@@ -151,7 +151,7 @@ func setCongestionControl(namespace string) error {
 		if err := os.WriteFile(allowedControls, []byte(longer), 0); err != nil {
 			return fmt.Errorf("allow congestion control %s: %w", congestionControl, err)
 		}
-		defer os.WriteFile(allowedControls, old, 0) //nolint:errcheck // the machine is no worse off than before
+		defer os.WriteFile(allowedControls, old, 0)
 	}
 	return writeInside(namespace, "/proc/sys/net/ipv4/tcp_congestion_control", congestionControl)
 }

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -89,7 +90,7 @@ type Request struct {
 
 // Content says whether the request brought bytes of an image.
 func (q Request) Content() bool {
-	return q.Method == "GET" && q.Status/100 == 2 && (strings.Contains(q.Path, "/blobs/") || strings.Contains(q.Path, "/manifests/"))
+	return q.Method == http.MethodGet && q.Status/100 == 2 && (strings.Contains(q.Path, "/blobs/") || strings.Contains(q.Path, "/manifests/"))
 }
 
 // accessLine is the combined log format.
@@ -117,7 +118,7 @@ func (r *Registry) Requests() ([]Request, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read the registry's log: %w", err)
 		}
-		status, _ := strconv.Atoi(m[4]) //nolint:errcheck // the expression has only digits here
+		status, _ := strconv.Atoi(m[4])
 		n, err := strconv.ParseInt(m[5], 10, 64)
 		if err != nil {
 			return nil, fmt.Errorf("read the registry's log: %w", err)
