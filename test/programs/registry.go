@@ -5,6 +5,7 @@ package programs
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -110,24 +111,25 @@ func (r *Registry) Requests() ([]Request, error) {
 	var requests []Request
 	lines := bufio.NewScanner(log)
 	for lines.Scan() {
-		m := accessLine.FindStringSubmatch(lines.Text())
-		if m == nil {
-			continue // the program's own messages
+		if q, ok := parse(lines.Text()); ok {
+			requests = append(requests, q)
 		}
-		client, err := netip.ParseAddr(m[1])
-		if err != nil {
-			return nil, fmt.Errorf("read the registry's log: %w", err)
-		}
-		status, _ := strconv.Atoi(m[4])
-		n, err := strconv.ParseInt(m[5], 10, 64)
-		if err != nil {
-			return nil, fmt.Errorf("read the registry's log: %w", err)
-		}
-		path, _, _ := strings.Cut(m[3], "?")
-		requests = append(requests, Request{Client: client, Method: m[2], Path: path, Status: status, Bytes: n})
 	}
 	if err := lines.Err(); err != nil {
 		return nil, fmt.Errorf("read the registry's log: %w", err)
 	}
 	return requests, nil
+}
+
+// parse reads a line of the combined log; the program's own messages are none.
+func parse(line string) (Request, bool) {
+	m := accessLine.FindStringSubmatch(line)
+	if m == nil {
+		return Request{}, false
+	}
+	client, errClient := netip.ParseAddr(m[1])
+	status, errStatus := strconv.Atoi(m[4])
+	n, errBytes := strconv.ParseInt(m[5], 10, 64)
+	path, _, _ := strings.Cut(m[3], "?")
+	return Request{Client: client, Method: m[2], Path: path, Status: status, Bytes: n}, errors.Join(errClient, errStatus, errBytes) == nil
 }
