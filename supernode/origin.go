@@ -313,8 +313,8 @@ func (o *origin) fetch(f *fetch, src source) error {
 	if err := o.fill(f, c, in); err != nil {
 		return err
 	}
-	close(f.whole)
 	o.count(f.id, c.Layout().Length)
+	close(f.whole)
 	if last := c.Layout().Count() - 1; last >= 0 {
 		o.told.published(f.id, last, c.Digest(last))
 	}
