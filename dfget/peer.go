@@ -3,6 +3,7 @@
 package dfget
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,7 +47,8 @@ type PeerConfig struct {
 	UpLanes, DownLanes int
 }
 
-func (c *PeerConfig) validate() error {
+// Validate tells what is wrong with c.
+func (c PeerConfig) Validate() error {
 	for _, base := range c.Supernodes {
 		u, err := url.Parse(base)
 		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.RawQuery != "" {
@@ -61,12 +63,9 @@ func (c *PeerConfig) validate() error {
 	if len(c.Host) > maxHost {
 		return fmt.Errorf("host id of %d bytes: want at most %d", len(c.Host), maxHost)
 	}
-	for _, lanes := range []*int{&c.UpLanes, &c.DownLanes} {
-		if *lanes == 0 {
-			*lanes = defaultLanes
-		}
-		if *lanes < 1 || *lanes > maxLanes {
-			return fmt.Errorf("%d lanes: want 1 to %d", *lanes, maxLanes)
+	for _, lanes := range []int{c.UpLanes, c.DownLanes} {
+		if lanes < 0 || lanes > maxLanes {
+			return fmt.Errorf("%d lanes: want 1 to %d", lanes, maxLanes)
 		}
 	}
 	return nil
@@ -97,9 +96,10 @@ type Peer struct {
 // NewPeer returns a peer that keeps its pieces in store. It does nothing in the
 // swarm before Run; until then, as without any supernode, Open asks the origin.
 func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheus.Registerer) (*Peer, error) {
-	if err := cfg.validate(); err != nil {
+	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
+	cfg.UpLanes, cfg.DownLanes = cmp.Or(cfg.UpLanes, defaultLanes), cmp.Or(cfg.DownLanes, defaultLanes)
 	if cfg.Host == "" {
 		var err error
 		if cfg.Host, err = hostID(store.Dir()); err != nil {

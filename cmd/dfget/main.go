@@ -93,6 +93,9 @@ func (c *config) Validate() error {
 	if c.socket != "" && len(c.supernodes) > 0 {
 		return errors.New("--socket and --supernode exclude each other")
 	}
+	if err := (dfget.PeerConfig{Supernodes: c.supernodes}).Validate(); err != nil {
+		return err
+	}
 	if c.digest != "" {
 		if id, err := pieces.ParseTaskID(c.digest); err != nil || id.Content() == "" {
 			return fmt.Errorf("digest %.100q: want sha256: or sha512: and the digest in hex", c.digest)
