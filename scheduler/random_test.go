@@ -112,7 +112,6 @@ func (r *region) follow() {
 		r.s.Done(r.now, d.Host, d.Transfer, p)
 		return
 	}
-	return
 }
 
 func (r *region) hostUp() {

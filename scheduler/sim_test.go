@@ -23,6 +23,9 @@ type simNet struct {
 	hosts   map[HostID]*simHost
 	sent    map[HostID]int // pieces, by sender
 	wasted  int            // pieces that came to who had them
+	fetched int            // pieces the seed has from the origin
+	fresh   []int          // how often each was assigned to the seed
+	early   int            // assignments of a second copy to the seed while it had a piece sent to nobody
 }
 
 const simTask TaskID = 1
@@ -88,7 +91,20 @@ func (n *simNet) after(d float64, do func()) *simEvent {
 func (n *simNet) tell(f func(now time.Time)) {
 	f(time.Unix(0, 0).Add(time.Duration(n.now * float64(time.Second))))
 	for _, d := range n.s.Decisions() {
+		n.count(d)
 		n.after(n.latency, func() { n.follow(d) })
+	}
+}
+
+// count watches that the seed sends every piece once before it sends any twice.
+func (n *simNet) count(d Decision) {
+	if d.Kind != Assign || d.Parent != 0 {
+		return
+	}
+	for i := d.First; i < d.First+d.Count; i++ {
+		if n.fresh[i]++; n.fresh[i] > 1 && slices.Contains(n.fresh[:n.fetched], 0) {
+			n.early++
+		}
 	}
 }
 

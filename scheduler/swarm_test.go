@@ -55,6 +55,7 @@ func (c crowd) run(t *testing.T) outcome {
 		hosts: map[HostID]*simHost{}, sent: map[HostID]int{},
 		layout:  pieces.Layout{Length: int64(c.pieces) * pieces.MinPieceSize, PieceSize: pieces.MinPieceSize},
 		latency: c.latency * size / c.link,
+		fresh:   make([]int, c.pieces),
 	}
 	add := func(id HostID, link float64, spec Host) *simHost {
 		h := &simHost{id: id, up: simLink{rate: link, level: link}, down: simLink{rate: link, level: link}, have: pieces.NewSet(c.pieces)}
@@ -67,6 +68,7 @@ func (c crowd) run(t *testing.T) outcome {
 	n.tell(func(now time.Time) { n.s.Join(now, 0, simTask, seed.have) })
 	for i := range c.pieces {
 		n.after(float64(i+1)*size/c.origin, func() {
+			n.fetched++
 			n.tell(func(now time.Time) { n.s.Have(now, 0, simTask, i, 1) })
 		})
 	}
@@ -185,6 +187,7 @@ func TestFlashCrowd(t *testing.T) {
 			expect(t, "efficiency", o.efficiency(), 0.9, 1)
 			expect(t, "seed copies", o.seedCopies(), 1, 1.15)
 			expect(t, "pieces wasted", float64(o.net.wasted), 0, 0)
+			expect(t, "second copies before all firsts", float64(o.net.early), 0, 0)
 		})
 	}
 }
