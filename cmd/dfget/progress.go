@@ -32,7 +32,8 @@ func (p *progress) update(done, size int64, from dfget.Stats) {
 	}
 	if p.bar == nil || p.bar.GetMax64() != size { // another source may say another size
 		p.bar = progressbar.NewOptions64(size, progressbar.OptionSetWriter(p.w), progressbar.OptionShowBytes(true),
-			progressbar.OptionUseIECUnits(true), progressbar.OptionFullWidth(), progressbar.OptionThrottle(100*time.Millisecond))
+			progressbar.OptionUseIECUnits(true), progressbar.OptionFullWidth(), progressbar.OptionThrottle(100*time.Millisecond),
+			progressbar.OptionSetSpinnerChangeInterval(0)) // or it draws on its own, and never ends
 	}
 	if now := time.Now(); now.Sub(p.shown) > time.Second {
 		p.shown = now
