@@ -19,7 +19,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"damselfly.dev/pieces"
-	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -78,8 +77,7 @@ type Peer struct {
 	store   *pieces.Store
 	log     *zap.Logger
 	metrics *metrics
-	client  *http.Client // of sessions and transfers
-	queue   chan *transfer
+	client  *http.Client  // of sessions and transfers
 	slots   chan struct{} // taken by each upload
 	tickets tickets
 	group   *errgroup.Group // of Run, for what runs in it to add to
@@ -91,6 +89,7 @@ type Peer struct {
 	up      chan struct{}
 	lost    time.Time // when the last session ended
 	tasks   map[pieces.TaskID]*task
+	coming  int // transfers assigned and not ended
 }
 
 // NewPeer returns a peer that keeps its pieces in store. It does nothing in the
@@ -123,8 +122,7 @@ func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheu
 			},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		queue: make(chan *transfer, 2*cfg.DownLanes),
-		slots: make(chan struct{}, 2*cfg.UpLanes),
+		slots: make(chan struct{}, 3*cfg.UpLanes),
 		up:    make(chan struct{}),
 		tasks: make(map[pieces.TaskID]*task),
 	}, nil
@@ -135,32 +133,10 @@ func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheu
 func (p *Peer) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	p.group = group
-	for range p.cfg.DownLanes {
-		group.Go(func() error { return p.work(ctx) })
-	}
 	group.Go(func() error { return p.keepSession(ctx) })
 	err := group.Wait()
 	p.client.CloseIdleConnections()
-	for {
-		select {
-		case tr := <-p.queue:
-			p.ended(tr, &failure{why: api.Local, err: err})
-		default:
-			return err
-		}
-	}
-}
-
-// work makes one transfer after another.
-func (p *Peer) work(ctx context.Context) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case tr := <-p.queue:
-			p.run(tr) //nolint:contextcheck // it has its own, which the supernode may cancel
-		}
-	}
+	return err
 }
 
 // Supernode returns the base URL of the supernode with which a session stands

@@ -21,6 +21,10 @@ const (
 	maxPatience = 10 * time.Second // and at most
 	defaultBusy = 200 * time.Millisecond
 	maxBusy     = 5 * time.Second
+
+	// assignedPerLane bounds the transfers assigned and not ended, a multiple of
+	// the lanes: those under way, and those ahead of need.
+	assignedPerLane = 4
 )
 
 var (
@@ -40,6 +44,7 @@ type transfer struct {
 	session      *session
 	ctx          context.Context
 	cancel       context.CancelCauseFunc
+	over         chan struct{} // closed when it has ended
 }
 
 // failure is why a transfer ended early.
@@ -52,9 +57,13 @@ type failure struct {
 func (f *failure) Error() string { return f.err.Error() }
 func (f *failure) Unwrap() error { return f.err }
 
-// assigned queues a transfer, or makes it at once when its bytes came along.
+// assigned begins a transfer, at once or when the one it names has ended. The
+// lanes are the supernode's to count; what it assigns beyond all measure is Busy.
 func (p *Peer) assigned(s *session, a api.Assign) {
-	tr := &transfer{id: a.Transfer, first: a.First, count: a.Count, parent: s.base, source: sourceSupernode, session: s}
+	tr := &transfer{
+		id: a.Transfer, first: a.First, count: a.Count, parent: s.base, source: sourceSupernode, session: s,
+		over: make(chan struct{}),
+	}
 	if a.Parent != "" {
 		tr.parent, tr.source = "http://"+a.Parent, sourcePeer
 	}
@@ -65,20 +74,32 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 		p.mu.Unlock()
 		return
 	}
+	if p.coming >= assignedPerLane*p.cfg.DownLanes {
+		s.failedLocked(a.Transfer, api.Busy, defaultBusy)
+		p.mu.Unlock()
+		return
+	}
 	tr.task, tr.content, tr.ticket = t, t.content, t.ticket
 	tr.ctx, tr.cancel = context.WithCancelCause(s.life)
+	p.coming++
 	t.coming++
+	before := s.running[a.After]
 	s.running[a.Transfer] = tr
 	p.mu.Unlock()
 	if a.Data != nil {
 		p.ended(tr, p.inline(tr, a.Data))
 		return
 	}
-	select {
-	case p.queue <- tr:
-	default:
-		p.ended(tr, &failure{api.Busy, defaultBusy, errors.New("too many transfers are assigned")})
-	}
+	p.group.Go(func() error {
+		if before != nil {
+			select {
+			case <-before.over:
+			case <-tr.ctx.Done():
+			}
+		}
+		p.run(tr)
+		return nil
+	})
 }
 
 func (s *session) failedLocked(id uint64, why api.Failure, retry time.Duration) {
@@ -269,6 +290,7 @@ func (p *Peer) done(tr *transfer, i int) {
 func (p *Peer) ended(tr *transfer, err error) {
 	cancelled := context.Cause(tr.ctx) == errCancelled //nolint:errorlint // it is that very one or none
 	tr.cancel(nil)
+	defer close(tr.over)
 	result, broken := resultOK, false
 	fail, failed := errors.AsType[*failure](err)
 	if failed {
@@ -281,6 +303,7 @@ func (p *Peer) ended(tr *transfer, err error) {
 	p.metrics.transfers.WithLabelValues(result).Inc()
 	p.mu.Lock()
 	delete(tr.session.running, tr.id)
+	p.coming--
 	if failed && !cancelled {
 		tr.session.failedLocked(tr.id, fail.why, fail.retry)
 	}
