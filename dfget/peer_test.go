@@ -778,3 +778,28 @@ func TestChaos(t *testing.T) {
 	h.stop()
 	require.True(t, idle(h))
 }
+
+// What is in the store reaches a connection as files do, by sendfile.
+func TestStoreIsSentAsAFile(t *testing.T) {
+	b := newBlob(2 << 20)
+	h := newHost(t, t.TempDir(), PeerConfig{}, 0, nil)
+	fill(t, h, b, b.layout.Count(), "r.example/a/b")
+	s := open(t, h, Request{b.id, registryOrigin(), &upstream{}}, 1, -1)
+	var w fileTaker
+	n, err := io.Copy(&w, s)
+	require.NoError(t, err)
+	require.EqualValues(t, len(b.bytes)-1, n)
+	require.Equal(t, b.bytes[1:], w.Bytes())
+}
+
+// fileTaker takes nothing but ranges of files.
+type fileTaker struct{ bytes.Buffer }
+
+func (w *fileTaker) ReadFrom(r io.Reader) (int64, error) {
+	if part, ok := r.(*io.LimitedReader); ok {
+		if _, ok := part.R.(*os.File); ok {
+			return w.Buffer.ReadFrom(r)
+		}
+	}
+	return 0, errors.New("no range of a file")
+}
