@@ -12,6 +12,7 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
 
 	"damselfly.dev/test/image"
 	"damselfly.dev/test/lab"
@@ -54,20 +55,12 @@ func setUp(ctx context.Context, cfg config, out *report) (_ *stage, err error) {
 	if err != nil {
 		return nil, err
 	}
-	out.say("Making the image of real files (the first time takes a minute, then it is kept in %s).", cache)
-	img, err := cfg.make(ctx, cache)
-	if err != nil {
-		return nil, err
-	}
 	s := &stage{cfg: cfg, out: out}
-	if s.contents, err = image.Contents(img); err != nil {
-		return nil, err
-	}
-	s.size = image.Size(s.contents)
 	hosts := []lab.HostConfig{s.hostConfig("registry"), s.hostConfig("supernode")}
 	for i := range cfg.hosts {
 		hosts = append(hosts, s.hostConfig(fmt.Sprintf("host%d", i+1)))
 	}
+	out.say("Building the hosts, when no other lab lives on this machine.")
 	if s.lab, err = lab.New(ctx, lab.Config{Loopback: cfg.loopback, Hosts: hosts, Dir: cfg.dir}); err != nil {
 		return nil, err
 	}
@@ -76,11 +69,23 @@ func setUp(ctx context.Context, cfg config, out *report) (_ *stage, err error) {
 			err = errors.Join(err, s.lab.Close())
 		}
 	}()
-	out.say("Building supernode and dfdaemon.")
+	out.say("Building the programs, and an image of real files (a minute, the first time; kept in %s).", cache)
 	s.bin = filepath.Join(s.lab.Dir(), "bin")
-	if err := programs.Build(ctx, s.bin); err != nil {
+	var img v1.Image
+	making, makingCtx := errgroup.WithContext(ctx)
+	making.Go(func() error { return programs.Build(makingCtx, s.bin) })
+	making.Go(func() error {
+		var err error
+		img, err = cfg.make(makingCtx, cache)
+		return err
+	})
+	if err := making.Wait(); err != nil {
 		return nil, err
 	}
+	if s.contents, err = image.Contents(img); err != nil {
+		return nil, err
+	}
+	s.size = image.Size(s.contents)
 	if err := s.start(ctx, img, hosts[2:]); err != nil {
 		return nil, err
 	}
