@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"maps"
 	"os"
 	"os/exec"
@@ -104,7 +105,7 @@ func TestParse(t *testing.T) {
 		"bad HOSTS":        {env: map[string]string{"HOSTS": "many"}, want: "are numbers"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := parse(c.args, func(key string) string { return c.env[key] })
+			_, err := parse(c.args, func(key string) string { return c.env[key] }, io.Discard)
 			if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}

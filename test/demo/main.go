@@ -60,7 +60,7 @@ type config struct {
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	cfg, err := parse(os.Args[1:], os.Getenv)
+	cfg, err := parse(os.Args[1:], os.Getenv, os.Stderr)
 	if err == nil {
 		err = run(ctx, cfg, os.Stdout)
 	}
@@ -76,8 +76,8 @@ func main() {
 }
 
 // parse reads flags; HOSTS, RATE, SCENARIO, UNPACK and KEEP of the environment
-// are their defaults.
-func parse(args []string, env func(string) string) (config, error) {
+// are their defaults. What is wrong with the flags goes to usage, too.
+func parse(args []string, env func(string) string, usage io.Writer) (config, error) {
 	or := func(key, otherwise string) string {
 		if value := env(key); value != "" {
 			return value
@@ -90,6 +90,7 @@ func parse(args []string, env func(string) string) (config, error) {
 		return config{}, fmt.Errorf("HOSTS and RATE are numbers: %w", err)
 	}
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
+	flags.SetOutput(usage)
 	cfg := config{loopback: os.Geteuid() != 0}
 	flags.IntVar(&cfg.hosts, "hosts", hosts, "how many hosts pull (HOSTS)")
 	flags.Float64Var(&rate, "rate", rate, "rate of every link in Mbit/s, as root (RATE)")
