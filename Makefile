@@ -6,7 +6,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GOFLAGS_BUILD := -trimpath -tags $(TAGS) -ldflags "-s -w -X damselfly.dev/cmd/internal/cli.Version=$(VERSION)"
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
-.PHONY: help build install test unit lint region engines lab demo bench fuzz fmt clean
+.PHONY: help build install test unit lint engines lab demo bench fuzz fmt clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

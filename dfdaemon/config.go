@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
 )
 
 // Config is what an agent may be told.
@@ -60,9 +61,6 @@ func Default() Config {
 	}
 }
 
-// maxLanes bounds the lanes each way.
-const maxLanes = 64
-
 // Validate tells what is wrong with c.
 func (c Config) Validate() error {
 	for i, s := range c.Supernodes {
@@ -91,8 +89,8 @@ func (c Config) Validate() error {
 	switch {
 	case c.Quota < 0:
 		return fmt.Errorf("quota %d is negative", c.Quota)
-	case c.UpLanes < 1 || c.UpLanes > maxLanes || c.DownLanes < 1 || c.DownLanes > maxLanes:
-		return fmt.Errorf("up-lanes %d, down-lanes %d: want 1 to %d", c.UpLanes, c.DownLanes, maxLanes)
+	case c.UpLanes < 1 || c.UpLanes > api.MaxLanes || c.DownLanes < 1 || c.DownLanes > api.MaxLanes:
+		return fmt.Errorf("up-lanes %d, down-lanes %d: want 1 to %d", c.UpLanes, c.DownLanes, api.MaxLanes)
 	case len(c.Zone) > 64 || len(c.Rack) > 64:
 		return errors.New("zone and rack: want at most 64 bytes")
 	}

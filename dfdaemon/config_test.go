@@ -17,7 +17,7 @@ func TestConfig(t *testing.T) {
 		`peer-listen "65002"`:        func(c *Config) { c.PeerListen = "65002" },
 		"quota":                      func(c *Config) { c.Quota = -1 },
 		"up-lanes 0":                 func(c *Config) { c.UpLanes = 0 },
-		"down-lanes 65":              func(c *Config) { c.DownLanes = 65 },
+		"down-lanes 257":             func(c *Config) { c.DownLanes = 257 },
 		"zone":                       func(c *Config) { c.Zone = string(make([]byte, 65)) },
 		"default registry":           func(c *Config) { c.Registries.Default = "a/b" },
 	} {

@@ -60,7 +60,7 @@ type TaskStatus struct {
 	Pieces   int           `json:"pieces"`
 	Have     int           `json:"have"`
 	Complete bool          `json:"complete"`
-	LastUse  time.Time     `json:"last_use"`
+	LastUse  time.Time     `json:"lastUse"`
 }
 
 func (c *control) status(g *gin.Context) {

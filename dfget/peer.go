@@ -19,11 +19,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
 )
 
 const (
 	defaultLanes = 4
-	maxLanes     = 1024 // what a supernode believes
 	dialTimeout  = 2 * time.Second
 )
 
@@ -63,8 +63,8 @@ func (c PeerConfig) Validate() error {
 		return fmt.Errorf("host id of %d bytes: want at most %d", len(c.Host), maxHost)
 	}
 	for _, lanes := range []int{c.UpLanes, c.DownLanes} {
-		if lanes < 0 || lanes > maxLanes {
-			return fmt.Errorf("%d lanes: want 1 to %d", lanes, maxLanes)
+		if lanes < 0 || lanes > api.MaxLanes {
+			return fmt.Errorf("%d lanes: want 1 to %d, or 0 for %d", lanes, api.MaxLanes, defaultLanes)
 		}
 	}
 	return nil

@@ -134,8 +134,7 @@ func (a *answer) want(status ...int) error {
 // end too early, and with the context of the request.
 type BlobBody struct {
 	io.ReadCloser
-	Length      int64 // of the whole blob, -1 if the registry does not say
-	ContentType string
+	Length int64 // of the whole blob, -1 if the registry does not say
 }
 
 // Blob asks for a blob's bytes from off on, 0 ≤ off < its length.
@@ -187,7 +186,7 @@ func (a *answer) blob(off, n int64) (*BlobBody, error) {
 	if err := a.want(http.StatusOK, http.StatusPartialContent); err != nil {
 		return nil, err
 	}
-	b := &BlobBody{ReadCloser: a.body, Length: a.length, ContentType: mediaType(a.header)}
+	b := &BlobBody{ReadCloser: a.body, Length: a.length}
 	left := a.length // -1 if not known
 	if a.status == http.StatusPartialContent {
 		r, size, ok := parseContentRange(a.header.Get("Content-Range"))

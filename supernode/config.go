@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
 )
 
 // Config is what a supernode may be told.
@@ -47,14 +48,12 @@ func Default() Config {
 		Listen:       "0.0.0.0:8002",
 		DataDir:      "/var/lib/damselfly/supernode",
 		UpLanes:      4,
+		Registries:   registryproxy.Config{Default: "docker.io"},
 		MaxHosts:     20000,
 		TagFreshness: 5 * time.Second,
 		StaleFor:     24 * time.Hour,
 	}
 }
-
-// maxLanes bounds the lanes of a host each way.
-const maxLanes = 1024
 
 // Validate tells what is wrong with c.
 func (c Config) Validate() error {
@@ -66,8 +65,8 @@ func (c Config) Validate() error {
 		return errors.New("no data directory is given")
 	case c.Quota < 0:
 		return fmt.Errorf("quota %d is negative", c.Quota)
-	case c.UpLanes < 1 || c.UpLanes > maxLanes:
-		return fmt.Errorf("%d upload lanes: want 1 to %d", c.UpLanes, maxLanes)
+	case c.UpLanes < 1 || c.UpLanes > api.MaxLanes:
+		return fmt.Errorf("%d upload lanes: want 1 to %d", c.UpLanes, api.MaxLanes)
 	case c.MaxHosts < 1:
 		return fmt.Errorf("at most %d hosts: want 1 or more", c.MaxHosts)
 	case c.TagFreshness < 0 || c.StaleFor < 0:

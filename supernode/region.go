@@ -486,32 +486,3 @@ func (r *region) progress(t *task, fetched int64) {
 		m.send(message{size: 24, add: func(b *api.Down) { b.Progress = append(b.Progress, p) }})
 	}
 }
-
-// message grants a join, or renews its ticket; the ticket is signed when it is sent.
-func (m *member) message(t *task, seq uint64) message {
-	task := api.Task{Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public}
-	s := m.session
-	return message{size: 512, first: true, add: func(b *api.Down) {
-		task.Ticket = s.ticket(t.id)
-		b.Task = append(b.Task, task)
-	}}
-}
-
-// sendDigests sends the digests of n pieces from first on.
-func (s *session) sendDigests(t *task, first, n int) {
-	ds := make([]byte, 0, n*pieces.DigestSize)
-	for i := range n {
-		ds = pieces.AppendDigests(ds, t.content.Digest(first+i))
-	}
-	num := int32(t.num)
-	s.send(message{size: 24 + len(ds), add: func(b *api.Down) {
-		if k := len(b.Digests) - 1; k >= 0 {
-			last := &b.Digests[k]
-			if last.Task == num && last.First+len(last.Digests)/pieces.DigestSize == first {
-				last.Digests = append(last.Digests, ds...)
-				return
-			}
-		}
-		b.Digests = append(b.Digests, api.Digests{Task: num, First: first, Digests: ds})
-	}})
-}

@@ -162,8 +162,8 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 		return nil, errors.New("the host's id must have 1 to 64 bytes")
 	case len(h.Zone) > 64 || len(h.Rack) > 64:
 		return nil, errors.New("zone and rack must have at most 64 bytes")
-	case h.Up < 0 || h.Up > maxLanes || h.Down < 0 || h.Down > maxLanes:
-		return nil, fmt.Errorf("lanes must be 0 to %d", maxLanes)
+	case h.Up < 0 || h.Up > api.MaxLanes || h.Down < 0 || h.Down > api.MaxLanes:
+		return nil, fmt.Errorf("lanes must be 0 to %d", api.MaxLanes)
 	}
 	if s.addr, err = api.PeerAddr(h.Addr, s.remote); err != nil {
 		return nil, err
@@ -326,4 +326,33 @@ func (s *session) inline(c *pieces.Content, off, n int64) []byte {
 	}
 	s.node.metrics.sentBytes.Add(float64(n))
 	return b.Bytes()
+}
+
+// message grants a join, or renews its ticket; the ticket is signed when it is sent.
+func (m *member) message(t *task, seq uint64) message {
+	task := api.Task{Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public}
+	s := m.session
+	return message{size: 512, first: true, add: func(b *api.Down) {
+		task.Ticket = s.ticket(t.id)
+		b.Task = append(b.Task, task)
+	}}
+}
+
+// sendDigests sends the digests of n pieces from first on.
+func (s *session) sendDigests(t *task, first, n int) {
+	ds := make([]byte, 0, n*pieces.DigestSize)
+	for i := range n {
+		ds = pieces.AppendDigests(ds, t.content.Digest(first+i))
+	}
+	num := int32(t.num)
+	s.send(message{size: 24 + len(ds), add: func(b *api.Down) {
+		if k := len(b.Digests) - 1; k >= 0 {
+			last := &b.Digests[k]
+			if last.Task == num && last.First+len(last.Digests)/pieces.DigestSize == first {
+				last.Digests = append(last.Digests, ds...)
+				return
+			}
+		}
+		b.Digests = append(b.Digests, api.Digests{Task: num, First: first, Digests: ds})
+	}})
 }

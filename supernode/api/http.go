@@ -43,7 +43,6 @@ const (
 	CodeRange        = "range"          // 416
 	CodeUnavailable  = "unavailable"    // 502, 503: the origin or the region cannot answer now
 	CodeBusy         = "busy"           // 503: come back after RetryHeader
-	CodeInternal     = "internal"       // 500
 	CodeNotAllowed   = "not_allowed"    // 405
 	CodeTooManyHosts = "too_many_hosts" // 503
 )

@@ -10,6 +10,9 @@ import (
 // of another version; fields may be added without a new one.
 const Version = 1
 
+// MaxLanes bounds the lanes of a host each way.
+const MaxLanes = 256
+
 // Up is one batch from a host to the supernode. Hello stands alone in the
 // first; the others are acted on in the order of the fields.
 type Up struct {
@@ -73,7 +76,8 @@ type Join struct {
 
 // Origin is where a task's bytes come from: a repository of a registry (the
 // task's id is the blob's digest) or else a URL. It holds the caller's
-// credentials: never log it, never keep it past the request.
+// credentials: never log it, never write it down, and keep it in memory only
+// until what was asked for has come.
 type Origin struct {
 	Registry   string              `cbor:"1,keyasint,omitempty"`
 	Repository string              `cbor:"2,keyasint,omitempty"`

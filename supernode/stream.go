@@ -1,0 +1,171 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path"
+	"strconv"
+	"time"
+
+	"damselfly.dev/pieces"
+)
+
+// The failures in a row after which an origin is given up, before its first
+// byte and later.
+const (
+	triesBefore = 3
+	triesAmid   = 6
+)
+
+// stream reads a content from its origin in order, and asks again from where it
+// stopped when the origin breaks off.
+type stream struct {
+	*origin
+	fetch   *fetch
+	src     source
+	body    io.ReadCloser // nil when the origin is to be asked
+	length  int64         // of the whole, -1 as long as it is not known
+	off     int64         // of the next byte
+	version string
+	counted bool
+	began   bool
+	fails   int // in a row
+	tries   int
+}
+
+func (s *stream) close() {
+	if s.body != nil {
+		_ = s.body.Close()
+		s.body = nil
+	}
+}
+
+// restart forgets what is known of the content.
+func (s *stream) restart() {
+	s.close()
+	s.off, s.length, s.began, s.fails = 0, -1, false, 0
+}
+
+// seek makes off the offset of the next byte.
+func (s *stream) seek(off int64) {
+	if s.off != off {
+		s.close()
+		s.off = off
+	}
+}
+
+// open asks the origin from s.off on, again and again while that may help.
+func (s *stream) open() (*body, error) {
+	for {
+		b, err := s.src.open(s.ctx, s.off, s.length)
+		if err == nil {
+			if s.began && (b.version != s.version || b.length >= 0 && s.length >= 0 && b.length != s.length) {
+				_ = b.Close()
+				return nil, errChanged
+			}
+			if !s.began || s.length < 0 {
+				s.length = b.length
+			}
+			s.body, s.version, s.counted, s.began = b.ReadCloser, b.version, b.counted, true
+			return b, nil
+		}
+		if _, no := refused(err); no && s.began {
+			if src := s.fetch.other(); src != nil {
+				s.src = src
+				continue
+			}
+		}
+		if err := s.failed(err); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// failed waits until the origin may be asked again, or returns why not.
+func (s *stream) failed(err error) error {
+	s.fails++
+	if s.ctx.Err() != nil {
+		return context.Cause(s.ctx)
+	}
+	if !isPassing(err) || s.fails >= s.tries {
+		return err
+	}
+	pause := 50 * time.Millisecond << s.fails // 0.1, 0.2, … 1.6 s
+	t := time.NewTimer(pause/2 + rand.N(pause))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-s.ctx.Done():
+		return context.Cause(s.ctx)
+	}
+}
+
+// Read reads on, over as many answers as it takes.
+func (s *stream) Read(p []byte) (int, error) {
+	for {
+		if s.length >= 0 && s.off >= s.length {
+			return 0, io.EOF
+		}
+		if s.body == nil {
+			if _, err := s.open(); err != nil {
+				return 0, err
+			}
+		}
+		n, err := s.body.Read(p)
+		if n > 0 {
+			s.off += int64(n)
+			s.fails = 0
+			s.fetch.fetched.Store(s.off)
+			if !s.counted {
+				s.metrics.originBytes.Add(float64(n))
+			}
+			return n, nil // an error comes again
+		}
+		if errors.Is(err, io.EOF) {
+			if s.length < 0 {
+				return 0, io.EOF
+			}
+			err = passing{io.ErrUnexpectedEOF}
+		}
+		if err != nil {
+			s.close()
+			if err := s.failed(err); err != nil {
+				return 0, fmt.Errorf("origin broke off at byte %d: %w", s.off, err)
+			}
+		}
+	}
+}
+
+// spool reads content of unknown length into a file of its own, and goes on
+// from there.
+func (s *stream) spool() error {
+	name := path.Join(spoolDir, strconv.FormatUint(rand.Uint64(), 16))
+	f, err := s.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	_ = s.root.Remove(name) // it goes with the last use of f; else the next start removes it
+	limit := int64(pieces.MaxLength)
+	if s.quota > 0 {
+		limit = min(limit, s.quota)
+	}
+	n, err := io.Copy(f, io.LimitReader(s, limit+1))
+	if err == nil && n > limit {
+		err = pieces.ErrQuota
+	}
+	if err == nil {
+		_, err = f.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		_ = f.Close()
+		return fmt.Errorf("spool: %w", err)
+	}
+	s.close()
+	s.body, s.off, s.length, s.counted = f, 0, n, true
+	return nil
+}
