@@ -39,7 +39,7 @@ var scenarios = map[string]struct {
 }{
 	"region":         {"all hosts pull at once, then again straight from the registry", 2, (*stage).region},
 	"single":         {"one host and a cold supernode, against a direct pull", 1, (*stage).single},
-	"kill-supernode": {"kill -9 of the supernode in the middle of the pull", 2, (*stage).killSupernode},
+	"kill-supernode": {"kill -9 of the supernode in the middle of the pull; a new host when it is back", 2, (*stage).killSupernode},
 	"kill-daemon":    {"kill -9 of two hosts' dfdaemon in the middle of the pull; one comes back", 3, (*stage).killDaemon},
 	"second-pull":    {"the same image once more, by an engine with an empty store", 1, (*stage).secondPull},
 	"late-host":      {"a new host pulls after all others have finished", 1, (*stage).lateHost},

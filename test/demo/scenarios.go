@@ -79,6 +79,20 @@ func (s *stage) killSupernode(ctx context.Context) error {
 	}
 	s.show(r)
 	s.checkTries(r.results)
+	if err := s.supernode.Restart(ctx); err != nil {
+		return err
+	}
+	late, err := s.lateMember(ctx)
+	if err != nil {
+		return err
+	}
+	s.out.say("The supernode is back, and a new host pulls.")
+	again, err := s.pull(ctx, late, false, nil)
+	if err != nil {
+		return err
+	}
+	s.show(again)
+	s.checkTries(again.results)
 	return nil
 }
 
@@ -152,15 +166,12 @@ func (s *stage) lateHost(ctx context.Context) error {
 	if err := s.checkOrigin(ctx, first); err != nil {
 		return err
 	}
-	late, err := s.lab.AddHost(ctx, s.hostConfig("late"))
+	late, err := s.lateMember(ctx)
 	if err != nil {
 		return err
 	}
-	if err := s.join(ctx, late); err != nil {
-		return err
-	}
 	s.out.say("A new host pulls.")
-	second, err := s.pull(ctx, s.members[len(s.members)-1:], false, nil)
+	second, err := s.pull(ctx, late, false, nil)
 	if err != nil {
 		return err
 	}
@@ -168,6 +179,18 @@ func (s *stage) lateHost(ctx context.Context) error {
 	sum := second.total()
 	s.out.check(sum.registry+second.others == 0 && sum.origin == 0, "for the new host the registry sent %s (none)", megabytes(sum.registry+second.others))
 	return nil
+}
+
+// lateMember adds a host to the region, as the only one in the result.
+func (s *stage) lateMember(ctx context.Context) ([]*member, error) {
+	late, err := s.lab.AddHost(ctx, s.hostConfig("late"))
+	if err != nil {
+		return nil, err
+	}
+	if err := s.join(ctx, late); err != nil {
+		return nil, err
+	}
+	return s.members[len(s.members)-1:], nil
 }
 
 // reach waits until the members have received that part of all they need.
