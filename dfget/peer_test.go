@@ -282,8 +282,7 @@ func TestRestartGoesOn(t *testing.T) {
 				require.NoError(t, f.Close())
 			}
 
-			n2 := newFakeNode(t, nil)
-			n2.on = serving(b, "")
+			n2 := newFakeNode(t, serving(b, ""))
 			n2.routes.HandleFunc(api.ContentPath(b.id), content(b))
 			srv2 := httptest.NewServer(n2.routes)
 			defer srv2.Close()
@@ -406,13 +405,11 @@ func TestFullDisk(t *testing.T) {
 		dir := t.TempDir()
 		h := newHost(t, dir, cfg, 0, nil)
 		require.NoError(t, h.Ready(t.Context()))
-		// What is full from the middle on: a record that cannot grow.
 		c, err := h.store.Create(pieces.Meta{ID: b.id, Layout: b.layout})
 		require.NoError(t, err)
-		c.Release()
-		name := filepath.Join(dir, strings.Replace(string(b.id), ":", "-", 1), "pieces")
-		require.NoError(t, os.Remove(name))
-		require.NoError(t, os.Symlink("/dev/full", name))
+		defer c.Release()
+		name := filepath.Join(dir, strings.Replace(string(b.id), ":", "-", 1), "content")
+		require.NoError(t, os.Remove(name)) // and nothing can be written there
 		up := &upstream{bytes: b.bytes}
 		began := time.Now()
 		got, err := get(t, h, Request{b.id, registryOrigin(), up}, 0, -1)
@@ -494,7 +491,7 @@ func TestCancelledTransferIsNotReported(t *testing.T) {
 	require.Equal(t, b.bytes, got)
 	require.Eventually(t, func() bool { return len(heard(n, dones)) == 1 }, waitFor, tick)
 	require.Empty(t, heard(n, faileds))
-	require.Equal(t, 1, h.metric(t, "transfers_total", resultCancelled))
+	require.Eventually(t, func() bool { return h.metric(t, "transfers_total", resultCancelled) == 1 }, waitFor, tick)
 }
 
 func TestTooManyTransfers(t *testing.T) {
@@ -592,8 +589,9 @@ func TestHandler(t *testing.T) {
 	}
 	require.Equal(t, int(last)-5+1+1, h.metric(t, "sent_bytes_total", ""))
 
-	h.slots <- struct{}{}
-	h.slots <- struct{}{}
+	for range cap(h.slots) {
+		h.slots <- struct{}{}
+	}
 	w := ask("GET", path, good, "bytes=0-0")
 	require.Equal(t, http.StatusServiceUnavailable, w.Code)
 	require.Equal(t, api.CodeBusy, w.Header().Get(api.ErrorHeader))
@@ -617,7 +615,7 @@ func TestPeerServesPeer(t *testing.T) {
 	fill(t, seed, b, b.layout.Count())
 	srv := httptest.NewServer(seed.Handler())
 	defer srv.Close()
-	n.on = serving(b, addr(srv))
+	n.does(serving(b, addr(srv)))
 	cfg := PeerConfig{Supernodes: seed.cfg.Supernodes}
 	h := newHost(t, t.TempDir(), cfg, 0, nil)
 	require.NoError(t, h.Ready(t.Context()))
@@ -730,8 +728,7 @@ func TestChaos(t *testing.T) {
 	var mu sync.Mutex
 	next := uint64(0)
 	n, h := loopback(t, PeerConfig{}, nil, nil)
-	n.mu.Lock()
-	n.on = func(n *fakeNode, up api.Up) {
+	n.does(func(n *fakeNode, up api.Up) {
 		mu.Lock()
 		defer mu.Unlock()
 		for _, j := range up.Join {
@@ -753,8 +750,7 @@ func TestChaos(t *testing.T) {
 				}
 			}
 		}
-	}
-	n.mu.Unlock()
+	})
 	for _, b := range blobs {
 		n.routes.HandleFunc(api.ContentPath(b.id), content(b))
 	}

@@ -193,17 +193,25 @@ func (n *fakeNode) session(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return
 		}
-		n.note(up)
-		if n.on != nil {
-			n.on(n, up)
+		if on := n.note(up); on != nil {
+			on(n, up)
 		}
 	}
 }
 
-func (n *fakeNode) note(up api.Up) {
+// note keeps a batch, and returns what is to be done with it.
+func (n *fakeNode) note(up api.Up) func(*fakeNode, api.Up) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.ups = append(n.ups, up)
+	return n.on
+}
+
+// does changes what the node does.
+func (n *fakeNode) does(on func(*fakeNode, api.Up)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.on = on
 }
 
 // send tells the peer something.
@@ -231,6 +239,7 @@ func heard[T any](n *fakeNode, of func(api.Up) []T) (all []T) {
 	return all
 }
 
+func hellos(u api.Up) []*api.Hello  { return []*api.Hello{u.Hello} }
 func joins(u api.Up) []api.Join     { return u.Join }
 func wants(u api.Up) []api.Want     { return u.Want }
 func dones(u api.Up) []api.Done     { return u.Done }

@@ -214,7 +214,7 @@ func TestOpenTurnsToTheOrigin(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				_, n, h := bubble(t, PeerConfig{}, c.on, nil)
+				_, _, h := bubble(t, PeerConfig{}, c.on, nil)
 				up := &upstream{bytes: b.bytes}
 				began := time.Now()
 				s := open(t, h, Request{b.id, registryOrigin(), up}, 12345, -1)
@@ -226,8 +226,6 @@ func TestOpenTurnsToTheOrigin(t *testing.T) {
 				require.Equal(t, 1, h.metric(t, "fallbacks_total", c.cause))
 				require.Equal(t, len(got), h.metric(t, "received_bytes_total", sourceOrigin))
 				require.Equal(t, Stats{Origin: int64(len(got))}, s.Stats())
-				n.mu.Lock()
-				defer n.mu.Unlock()
 			})
 		})
 	}
@@ -263,11 +261,11 @@ func TestNoByteOfACorruptPieceIsGiven(t *testing.T) {
 func half(b *blob) func(*fakeNode, api.Up) {
 	return func(n *fakeNode, up api.Up) {
 		for _, j := range up.Join {
-			d := api.Down{Task: []api.Task{n.grant(j, b)}, Digests: []api.Digests{digestsOf(b)}}
+			n.send(api.Down{Task: []api.Task{n.grant(j, b)}, Digests: []api.Digests{digestsOf(b)}})
 			if j.Seq == 1 {
-				d.Assign = []api.Assign{{Transfer: 1, Task: 1, Count: b.layout.Count() / 2}}
+				pause(n.t, 50*time.Millisecond)
+				n.send(api.Down{Assign: []api.Assign{{Transfer: 1, Task: 1, Count: b.layout.Count() / 2}}})
 			}
-			n.send(d)
 		}
 	}
 }
@@ -379,7 +377,7 @@ func TestWant(t *testing.T) {
 		req := Request{b.id, registryOrigin(), &upstream{bytes: b.bytes}}
 		s := open(t, h, req, 0, -1)
 		synctest.Wait()
-		require.Equal(t, []api.Want{{Task: 1, First: 0, Count: 1}}, heard(n, wants))
+		require.Equal(t, []api.Want{{Task: 1, First: 0, Count: 1}}, heard(n, wants), "at once")
 		_, err := io.ReadAll(s) // comes to piece 16 and waits 5 s
 		require.NoError(t, err)
 		require.Equal(t, []api.Want{{Task: 1, First: 0, Count: 1}, {Task: 1, First: 16, Count: 1}}, heard(n, wants))
@@ -405,7 +403,7 @@ func TestSessionComesBack(t *testing.T) {
 		require.Equal(t, js[0].Origin, js[1].Origin)
 		require.Equal(t, api.Hello{
 			Version: api.Version, Host: h.cfg.Host, Addr: ":1", Up: 3, Down: 2, Zone: "z", Rack: "r",
-		}, *n.ups[0].Hello)
+		}, *heard(n, hellos)[0])
 		n.send(api.Down{Assign: []api.Assign{{Transfer: 9, Task: 1, First: 2, Count: 2}}})
 		got, err := io.ReadAll(s)
 		require.NoError(t, err)

@@ -318,9 +318,14 @@ func (p *Peer) ended(tr *transfer, err error) {
 	if broken {
 		p.giveUp(tr.task)
 	}
-	if failed && !cancelled && fail.why != api.Busy && tr.session.life.Err() == nil {
-		p.log.Warn("transfer failed", zap.String("task", string(tr.task.id)), zap.String("parent", tr.parent), zap.Error(err))
+	if !failed || cancelled || fail.why == api.Busy || tr.session.life.Err() != nil {
+		return
 	}
+	level := zap.WarnLevel
+	if fail.why == api.Gone { // hosts come and go
+		level = zap.InfoLevel
+	}
+	p.log.Log(level, "transfer failed", zap.String("task", string(tr.task.id)), zap.String("parent", tr.parent), zap.Error(err))
 }
 
 // measured learns how fast a transfer is.

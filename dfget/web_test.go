@@ -404,7 +404,7 @@ func TestDownloadAsPeer(t *testing.T) {
 	defer srv.Close()
 	web, asked := origin(t, b.bytes, nil)
 	byURL.id = pieces.URLTaskID(web.URL + "/")
-	n.on = serving(&byURL, "")
+	n.does(serving(&byURL, ""))
 	n.routes.HandleFunc(api.ContentPath(byURL.id), content(b))
 	d := &Download{URL: web.URL, Peer: PeerConfig{Supernodes: []string{srv.URL}, Advertise: "127.0.0.1"}}
 	var from Stats
@@ -417,7 +417,7 @@ func TestDownloadAsPeer(t *testing.T) {
 	left, err := os.ReadDir(d.DataDir)
 	require.NoError(t, err)
 	require.Empty(t, left, "the store is not kept")
-	require.Regexp(t, `^127\.0\.0\.1:[1-9]`, n.ups[0].Hello.Addr)
+	require.Regexp(t, `^127\.0\.0\.1:[1-9]`, heard(n, hellos)[0].Addr)
 }
 
 func TestOutput(t *testing.T) {
