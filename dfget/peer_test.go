@@ -325,7 +325,6 @@ func TestContentWithoutSession(t *testing.T) {
 	}{
 		"public":             {[]string{"r.example/a/b"}, &upstream{err: down}, 0, nil},
 		"public elsewhere":   {[]string{"r.example/other"}, &upstream{err: no}, 1, no},
-		"private, accepted":  {nil, &upstream{bytes: []byte("only opened"), err: nil}, 1, nil},
 		"private, refused":   {nil, &upstream{err: no}, 1, no},
 		"private, no answer": {nil, &upstream{err: down}, 1, down},
 	} {
@@ -341,6 +340,14 @@ func TestContentWithoutSession(t *testing.T) {
 			}
 		})
 	}
+	t.Run("private, and a server that says it has it", func(t *testing.T) {
+		h := newHost(t, t.TempDir(), PeerConfig{}, 0, nil)
+		fill(t, h, b, b.layout.Count())
+		up := &upstream{bytes: []byte("its own bytes")}
+		got, err := get(t, h, Request{b.id, registryOrigin(), up}, 0, -1)
+		require.NoError(t, err)
+		require.Equal(t, up.bytes, got)
+	})
 	t.Run("incomplete", func(t *testing.T) {
 		h := newHost(t, t.TempDir(), PeerConfig{}, 0, nil)
 		fill(t, h, b, 2)
@@ -374,7 +381,10 @@ func fill(t *testing.T, h *host, b *blob, n int, public ...string) {
 		require.NoError(t, err)
 	}
 	if n == b.layout.Count() {
-		require.NoError(t, c.SetComplete(public...))
+		require.NoError(t, c.SetComplete())
+		for _, name := range public {
+			require.NoError(t, c.AddPublic(name))
+		}
 	}
 }
 

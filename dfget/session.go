@@ -141,7 +141,7 @@ func (p *Peer) serve(ctx context.Context, base string) (stood bool, err error) {
 			if err != nil {
 				return err
 			}
-			p.follow(s, down) //nolint:contextcheck // what is assigned may outlive the session
+			p.follow(s, down) // what is assigned may outlive the session
 		}
 	})
 	group.Go(func() error { // a Read or Write that does not see ctx ends with the connection

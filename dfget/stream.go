@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	joinTimeout  = 3 * time.Second        // for the supernode's answer
+	joinTimeout  = 8 * time.Second        // for the supernode's answer, which waits for the origin's
 	firstTimeout = 10 * time.Second       // for the first piece after that
 	wantAfter    = 300 * time.Millisecond // a reader that waits longer asks for its piece
 	silentLimit  = 5 * time.Second        // nothing of the task has moved
@@ -113,7 +113,7 @@ func (p *Peer) Open(ctx context.Context, req Request, off, n int64) (*Stream, er
 	s := &Stream{p: p, id: req.ID, origin: req.Origin, off: off, answer: make(chan answer, 1)}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.direct = &direct{from: req.Direct}
-	err := s.open(n) //nolint:contextcheck // it has s.ctx
+	err := s.open(n) // it has s.ctx
 	if err != nil {
 		_ = s.Close()
 		return nil, err
@@ -220,24 +220,19 @@ func headerSize(h map[string][]string) (size int) {
 }
 
 // alone serves a complete content from the store without the region, when it is
-// public or the origin would give it to this caller.
+// public where this caller wants it from. What else it may be the caller's, only
+// the supernode knows: any server can say that it has a digest.
 func (s *Stream) alone(n int64) (done bool, err error) {
 	c, err := s.p.store.Get(s.id)
 	if err != nil {
 		return false, nil //nolint:nilerr // not in the store: the origin has it
 	}
 	m := c.Meta()
-	if !m.Complete {
+	if !m.Complete || !slices.Contains(m.Public, publicName(s.origin)) {
 		c.Release()
 		return false, nil
 	}
 	s.content, s.own, s.stored = c, true, true
-	if !slices.Contains(m.Public, publicName(s.origin)) {
-		if err := s.direct.open(s.ctx, 0); err != nil {
-			return false, err
-		}
-		s.direct.close()
-	}
 	if err := s.bound(m.Layout.Length, n); err != nil || s.off == s.end {
 		return true, err
 	}

@@ -376,10 +376,10 @@ func (c *Content) Wait(ctx context.Context, i int) error {
 	}
 }
 
-// SetComplete says that the whole content has been verified, and names under
-// which anyone may read it. All pieces must be present (ErrMissing). It returns
-// when all of it is on the disk, which takes as long as the disk takes.
-func (c *Content) SetComplete(public ...string) error {
+// SetComplete says that the whole content has been verified. All pieces must be
+// present (ErrMissing). It returns when all of it is on the disk, which takes as
+// long as the disk takes.
+func (c *Content) SetComplete() error {
 	for i := range c.layout.Count() {
 		if ok, err := c.verified(i); err != nil {
 			return err
@@ -387,7 +387,7 @@ func (c *Content) SetComplete(public ...string) error {
 			return c.pieceError(i, ErrMissing)
 		}
 	}
-	return c.change(func(m *Meta) { m.Complete = true; m.addPublic(public) }, true)
+	return c.change(func(m *Meta) { m.Complete = true }, true)
 }
 
 // AddPublic adds a "registry/repository" name under which anyone may read the
@@ -399,7 +399,13 @@ func (c *Content) AddPublic(name string) error {
 	if known {
 		return nil
 	}
-	return c.change(func(m *Meta) { m.addPublic([]string{name}) }, false)
+	return c.change(func(m *Meta) { m.Public = withName(m.Public, name) }, false)
+}
+
+// AddOrigin adds to Meta.Origins one who has given these very bytes. Past 256
+// the oldest is forgotten.
+func (c *Content) AddOrigin(name string) error {
+	return c.change(func(m *Meta) { m.Origins = withName(m.Origins, name) }, false)
 }
 
 // change edits the metadata, and where asked makes all of the task durable.

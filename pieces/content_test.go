@@ -136,7 +136,7 @@ func TestPublicIsBounded(t *testing.T) {
 	_, m := blob(73, 1)
 	c := create(t, open(t, t.TempDir(), StoreConfig{}), m)
 	var names []string
-	for i := range maxPublic + 3 {
+	for i := range maxNames + 3 {
 		names = append(names, "docker.io/library/"+string(rune('a'+i%26))+string(rune('a'+i/26)))
 	}
 	for range 2 {
@@ -152,7 +152,7 @@ func TestPublicIsBounded(t *testing.T) {
 	if err := c.AddPublic(names[0]); err != nil {
 		t.Fatal(err)
 	}
-	if got := c.Meta().Public; len(got) != maxPublic || got[0] != names[4] || got[maxPublic-1] != names[0] {
+	if got := c.Meta().Public; len(got) != maxNames || got[0] != names[4] || got[maxNames-1] != names[0] {
 		t.Errorf("%d names, from %s to %s", len(got), got[0], got[len(got)-1])
 	}
 	if c.AddPublic(string(make([]byte, maxName+1))) == nil {

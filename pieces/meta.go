@@ -8,9 +8,9 @@ import (
 )
 
 const (
-	// maxPublic bounds the names of a Meta. Forgetting the oldest is safe: it
-	// costs its next asker one question to the registry.
-	maxPublic = 256
+	// maxNames bounds each list of names of a Meta. Forgetting the oldest is safe:
+	// it costs its next asker one question to the origin.
+	maxNames = 256
 	// maxName bounds a public name and a media type, in bytes.
 	maxName = 512
 )
@@ -21,6 +21,7 @@ type Meta struct {
 	Layout    Layout   `json:"layout"`
 	MediaType string   `json:"mediaType,omitempty"` // of a manifest, else empty
 	Public    []string `json:"public,omitempty"`    // "registry/repository" names under which anyone may read it
+	Origins   []string `json:"origins,omitempty"`   // who have themselves given these very bytes, as the owner of the store names them
 	Complete  bool     `json:"complete,omitempty"`  // every piece present and the whole content's digest verified
 }
 
@@ -31,9 +32,9 @@ func (m Meta) validate() error {
 	if err := m.Layout.Validate(); err != nil {
 		return err
 	}
-	if len(m.MediaType) > maxName || len(m.Public) > maxPublic ||
-		slices.ContainsFunc(m.Public, func(s string) bool { return len(s) > maxName }) {
-		return errors.New("media type or public names are too long")
+	if len(m.MediaType) > maxName || len(m.Public) > maxNames || len(m.Origins) > maxNames ||
+		slices.ContainsFunc(slices.Concat(m.Public, m.Origins), func(s string) bool { return len(s) > maxName }) {
+		return errors.New("media type or names are too long")
 	}
 	return nil
 }
@@ -55,11 +56,11 @@ func dirTask(name string) (TaskID, bool) {
 	return id, err == nil && taskDir(id) == name
 }
 
-func (m *Meta) addPublic(names []string) {
-	for _, name := range names {
-		if !slices.Contains(m.Public, name) {
-			m.Public = append(m.Public, name)
-		}
+// withName returns names with one more at their end, at most maxNames of them.
+func withName(names []string, name string) []string {
+	if slices.Contains(names, name) {
+		return names
 	}
-	m.Public = m.Public[max(0, len(m.Public)-maxPublic):]
+	names = append(names, name)
+	return names[max(0, len(names)-maxNames):]
 }

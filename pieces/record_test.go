@@ -96,7 +96,7 @@ func FuzzMeta(f *testing.F) {
 		if _, err := ParseTaskID(string(m.ID)); err != nil {
 			t.Fatal(err)
 		}
-		if err := m.Layout.Validate(); err != nil || len(m.Public) > maxPublic {
+		if err := m.Layout.Validate(); err != nil || len(m.Public) > maxNames {
 			t.Fatalf("%+v: %v", m, err)
 		}
 		again, err := json.Marshal(m)

@@ -238,7 +238,7 @@ func (s *Store) writeMarker(doubtful []TaskID) error {
 
 // Create returns the content of the task m.ID, pinned: the existing one with all
 // its pieces where the layout is the same, else a new one without any, made from
-// m.ID, m.Layout, m.MediaType and m.Public. One with another layout is replaced
+// m.ID, m.Layout, m.MediaType, m.Public and m.Origins. One with another layout is replaced
 // when nothing uses it; else the error is ErrInUse. Where the quota demands it,
 // the least recently used tasks without pins are evicted; ErrQuota when that is
 // not enough. ErrGone says that the task was removed meanwhile.

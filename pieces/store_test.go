@@ -133,7 +133,7 @@ func TestContentComesBack(t *testing.T) {
 					t.Errorf("piece %d: read %d bytes, want %d", i, read, m.Layout.Size(i))
 				}
 			}
-			if err := c.SetComplete("docker.io/library/b", "docker.io/library/a"); err != nil {
+			if err := errors.Join(c.SetComplete(), c.AddPublic("docker.io/library/b"), c.AddPublic("docker.io/library/a")); err != nil {
 				t.Fatal(err)
 			}
 			if err := c.AddPublic("quay.io/c"); err != nil {

@@ -44,7 +44,7 @@ type task struct {
 }
 
 func newTask(s *Store, m Meta) *task {
-	m.Public = slices.Clone(m.Public)
+	m.Public, m.Origins = slices.Clone(m.Public), slices.Clone(m.Origins)
 	return &task{
 		store: s, id: m.ID, layout: m.Layout, dir: taskDir(m.ID),
 		gone:    make(chan struct{}),
@@ -104,7 +104,7 @@ func (t *task) Meta() Meta {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	m := t.meta
-	m.Public = slices.Clone(m.Public)
+	m.Public, m.Origins = slices.Clone(m.Public), slices.Clone(m.Origins)
 	m.Complete = m.Complete && t.have.Full()
 	return m
 }

@@ -300,7 +300,7 @@ func (h *host) read(ctx context.Context) {
 			return
 		}
 		h.mu.Lock()
-		h.act(down) //nolint:contextcheck // transfers outlive a batch
+		h.act(down) // transfers outlive a batch
 		close(h.changed)
 		h.changed = make(chan struct{})
 		h.mu.Unlock()

@@ -13,6 +13,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
+	"golang.org/x/sync/singleflight"
 
 	"damselfly.dev/pieces"
 )
@@ -53,6 +54,8 @@ type origin struct {
 	drops    atomic.Int64
 	dropping sync.Mutex // held while a content is dropped
 
+	vouching singleflight.Group
+
 	mu        sync.Mutex // guards what follows
 	running   map[pieces.TaskID]*fetch
 	inherited map[pieces.TaskID]int64 // bytes of it that were there at the start
@@ -62,6 +65,7 @@ type origin struct {
 // fetch is one content on its way from its origin.
 type fetch struct {
 	id      pieces.TaskID
+	from    string        // the origin
 	key     proof         // of who asked first
 	ready   chan struct{} // closed when the content is in the store, or broken has ended
 	whole   chan struct{} // closed when all of the content is there and right
@@ -127,7 +131,10 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 		l.fetch = o.find(id)
 		if l.fetch == nil {
 			if l.Content = o.cached(id); l.Content != nil {
-				err := l.admit(ctx, src)
+				err := o.vouch(ctx, l.Content, src)
+				if err == nil {
+					err = l.admit(ctx, src)
+				}
 				if !errors.Is(err, errChanged) {
 					return l.or(err)
 				}
@@ -139,6 +146,14 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 		}
 		if l.fetch == nil {
 			return nil, errStopping
+		}
+		if l.fetch.from != src.from() {
+			select {
+			case <-l.fetch.done:
+				continue
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
 		}
 		select {
 		case <-l.fetch.ready:
@@ -168,6 +183,61 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 		l.fetch.spare(src)
 		return l, nil
 	}
+}
+
+// vouch makes sure that the origin of src has itself given the bytes of c: any
+// server can say that it has a digest, and that the caller may read it. One that
+// has not is asked for all of them once, and they are compared.
+func (o *origin) vouch(ctx context.Context, c *pieces.Content, src source) error {
+	if slices.Contains(c.Meta().Origins, src.from()) {
+		return nil
+	}
+	key := src.key()
+	done := o.vouching.DoChan(fmt.Sprintf("%s %x", c.ID(), key[:]), func() (any, error) {
+		again := o.cached(c.ID()) // pinned for as long as this takes, whoever waits
+		if again == nil {
+			return nil, errOthers
+		}
+		defer again.Release()
+		return nil, o.compare(again, src)
+	})
+	select {
+	case r := <-done:
+		return r.Err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// compare reads all that src has and notes its origin when it is what c is.
+func (o *origin) compare(c *pieces.Content, src source) error {
+	d := c.ID().Content()
+	if d == "" {
+		return errOthers
+	}
+	select {
+	case o.slots <- struct{}{}:
+		defer func() { <-o.slots }()
+	case <-o.ctx.Done():
+		return context.Cause(o.ctx)
+	}
+	in := &stream{origin: o, fetch: &fetch{}, src: src, length: -1, tries: triesBefore}
+	defer in.close()
+	if _, err := in.open(); err != nil {
+		return err
+	}
+	if in.length >= 0 && in.length != c.Layout().Length {
+		return errOthers
+	}
+	sum := d.Verifier()
+	n, err := io.Copy(sum, io.LimitReader(in, c.Layout().Length+1))
+	if err != nil {
+		return err
+	}
+	if n != c.Layout().Length || !sum.Verified() {
+		return errOthers
+	}
+	return c.AddOrigin(src.from())
 }
 
 // admit finds out whether the caller of src may read the content.
@@ -218,7 +288,7 @@ func (o *origin) begin(id pieces.TaskID, src source) *fetch {
 	if f := o.running[id]; f != nil || o.ctx.Err() != nil {
 		return f
 	}
-	f := &fetch{id: id, key: src.key(), ready: make(chan struct{}), whole: make(chan struct{}), done: make(chan struct{})}
+	f := &fetch{id: id, from: src.from(), key: src.key(), ready: make(chan struct{}), whole: make(chan struct{}), done: make(chan struct{})}
 	f.broken, f.fail = context.WithCancelCause(context.Background())
 	o.running[id] = f
 	o.wg.Go(func() { o.run(f, src) })
@@ -348,7 +418,7 @@ func (o *origin) prepare(f *fetch, in *stream) (*pieces.Content, error) {
 	if in.length > pieces.MaxLength {
 		return nil, fmt.Errorf("content of %d bytes is too long", in.length)
 	}
-	m := pieces.Meta{ID: f.id, Layout: pieces.NewLayout(in.length), MediaType: first.mediaType}
+	m := pieces.Meta{ID: f.id, Layout: pieces.NewLayout(in.length), MediaType: first.mediaType, Origins: []string{f.from}}
 	if in.src.opened(&first) {
 		m.Public = []string{in.src.name()}
 	}
@@ -357,6 +427,9 @@ func (o *origin) prepare(f *fetch, in *stream) (*pieces.Content, error) {
 
 // resume opens the origin where c has its first gap.
 func (o *origin) resume(c *pieces.Content, in *stream) error {
+	if !slices.Contains(c.Meta().Origins, in.src.from()) {
+		return errChanged // until the whole is verified, one origin's bytes are not another's
+	}
 	l := c.Layout()
 	gap := 0
 	for gap < l.Count() && c.Has(gap) {

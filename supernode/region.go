@@ -264,7 +264,8 @@ func (r *region) hold(now time.Time, s *session, h api.Hold) {
 	if t != nil && t.layout != h.Layout {
 		return
 	}
-	if s.holds[id] == nil && (len(s.holds) >= maxHeld || s.heldBytes+len(h.Have) > maxHeldBytes) {
+	s.holding(id, nil)
+	if len(s.holds) >= maxHeld || s.heldBytes+len(h.Have) > maxHeldBytes {
 		return
 	}
 	s.holding(id, &holding{h.Layout, have})

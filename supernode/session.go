@@ -112,7 +112,7 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	defer conn.CloseNow()
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer cancel(nil)
-	defer context.AfterFunc(n.ctx, func() { cancel(context.Cause(n.ctx)) })() //nolint:contextcheck // the supernode's own end
+	defer context.AfterFunc(n.ctx, func() { cancel(context.Cause(n.ctx)) })() // the supernode's own end
 	s := &session{
 		node: n, conn: conn, end: cancel, remote: r.RemoteAddr, since: time.Now(),
 		joins:     make(chan struct{}, maxJoins),

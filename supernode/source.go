@@ -29,6 +29,9 @@ type source interface {
 	continues(b *body) bool
 	// name is the one under which a content is public, "" if it never is.
 	name() string
+	// from names the registry or server that is asked. Its word on who may read a
+	// content counts only when it has itself given that content's bytes.
+	from() string
 	// key is the same for two sources that ask the same with the same credentials.
 	key() proof
 }
@@ -46,6 +49,7 @@ type body struct {
 var (
 	errChanged = errors.New("the origin has other content by now")
 	errWrong   = errors.New("the content does not have its digest")
+	errOthers  = errors.New("the content is another origin's")
 )
 
 // passing is a failure that may be over the next time.
@@ -166,6 +170,8 @@ func (s *registrySource) anonymous() bool { return s.who.Authorization == "" }
 func (s *registrySource) continues(*body) bool { return true }
 
 func (s *registrySource) name() string { return s.repo.String() }
+
+func (s *registrySource) from() string { return s.repo.Registry }
 
 func (s *registrySource) key() proof {
 	return proofOf("registry", s.kind.String(), s.repo.Registry, s.repo.Name, s.digest, s.who.Authorization)

@@ -153,6 +153,7 @@ func (w *web) source(id pieces.TaskID, raw string, header http.Header) (*urlSour
 }
 
 func (s *urlSource) name() string { return "" }
+func (s *urlSource) from() string { return s.url.Scheme + "://" + s.url.Host }
 func (s *urlSource) key() proof   { return s.proof }
 
 func (s *urlSource) continues(b *body) bool {
