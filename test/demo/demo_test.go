@@ -31,7 +31,7 @@ func short(t *testing.T, scenario string, hosts int) config {
 			t.Error(err)
 		}
 	})
-	return config{scenario: scenario, hosts: hosts, rate: 50 * lab.Mbit, dir: dir, make: image.Small}
+	return config{scenario: scenario, hosts: hosts, rate: 50 * lab.Mbit, dir: dir, make: image.Small, untimed: true}
 }
 
 // play runs a scenario and fails the test unless all that it claims has held.
@@ -55,11 +55,7 @@ func TestScenarios(t *testing.T) {
 	hosts := map[string]int{"region": 6, "single": 1, "second-pull": 2, "late-host": 3, "kill-supernode": 4, "kill-daemon": 5}
 	for scenario := range maps.Keys(scenarios) {
 		t.Run(scenario, func(t *testing.T) {
-			cfg := short(t, scenario, hosts[scenario])
-			if scenario == "single" {
-				cfg.rate /= 2 // its bound is tight, and a short pull noisy
-			}
-			play(t, cfg)
+			play(t, short(t, scenario, hosts[scenario]))
 		})
 	}
 }

@@ -53,6 +53,7 @@ type config struct {
 	unpack   bool     // measure whole pulls, not only the fetching
 	keep     bool
 	loopback bool
+	untimed  bool   // times are told and not judged
 	install  bool   // what is missing on this machine
 	dir      string // where the lab keeps its files
 	make     func(ctx context.Context, cache string) (v1.Image, error)

@@ -111,7 +111,7 @@ func TestShaping(t *testing.T) {
 		{Name: "slow", Up: 20 * Mbit, Down: 40 * Mbit},
 	}})
 	fast, slow := l.Host("fast"), l.Host("slow")
-	check := func(what string, from, to *Host, want Rate) {
+	once := func(what string, from, to *Host, want Rate) (share float64) {
 		t.Helper()
 		n := int64(want) / 8 // a second's worth
 		before, err := to.Counters()
@@ -123,12 +123,21 @@ func TestShaping(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		rate := float64(n-burst) / took.Seconds() * 8
-		if share := rate / float64(want); share < 0.93 || share > 1.02 {
-			t.Errorf("%s: %.1f Mbit/s in place of %v", what, rate/1e6, want)
-		}
 		if got := after.Received - before.Received; got < n || float64(got) > 1.03*float64(n) {
 			t.Errorf("%s: the link counted %d bytes of %d", what, got, n)
+		}
+		return float64(n-burst) / took.Seconds() * 8 / float64(want)
+	}
+	check := func(what string, from, to *Host, want Rate) {
+		t.Helper()
+		share := 0.0
+		for range 5 { // a busy machine slows a link down; nothing makes it faster
+			if share = once(what, from, to, want); share >= 0.93 {
+				break
+			}
+		}
+		if share < 0.93 || share > 1.02 {
+			t.Errorf("%s: %.2f of %v", what, share, want)
 		}
 	}
 	check("download", fast, slow, 40*Mbit)

@@ -25,11 +25,11 @@ import (
 )
 
 const (
-	registryPort = 5000
-	apiPort      = 8002
-	mirrorPort   = 65001
-	peerPort     = 65002
-	metricsPort  = 65003
+	registryPort = 15000
+	apiPort      = 18002
+	mirrorPort   = 16501
+	peerPort     = 16502
+	metricsPort  = 16503
 
 	// startLimit is how long a program may take until it answers.
 	startLimit = 30 * time.Second
