@@ -32,6 +32,9 @@ const (
 // daemonSocket is where a host's dfdaemon listens.
 const daemonSocket = "/run/damselfly/dfdaemon.sock"
 
+// noSocket as --socket is to do without the host's dfdaemon.
+const noSocket = "none"
+
 func main() {
 	cfg := defaults()
 	cli.Command{
@@ -77,7 +80,7 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVarP(&c.output, "output", "o", c.output, "`file` to write; one that exists is replaced in the end")
 	fs.StringVar(&c.digest, "digest", c.digest, "what the bytes must have, such as sha256:…; also finds them in the swarm by it")
 	fs.StringArrayVar(&c.headers, "header", c.headers, "`'K: V'` to send to the URL's server alone; may be repeated")
-	fs.StringVar(&c.socket, "socket", c.socket, "`path` of the dfdaemon's socket; empty: "+daemonSocket+", where it exists and no --supernode is given")
+	fs.StringVar(&c.socket, "socket", c.socket, "`path` of the dfdaemon's socket, or none; empty: "+daemonSocket+", where it exists and no --supernode is given")
 	fs.StringSliceVar(&c.supernodes, "supernode", c.supernodes, "`URL` of a supernode, to be a peer without a dfdaemon; may be repeated")
 	fs.StringVar(&c.advertise, "advertise", c.advertise, "`address` at which other hosts reach this one while it downloads; empty: as the supernode sees it")
 	fs.StringVar(&c.dataDir, "data-dir", c.dataDir, "where a peer keeps pieces until it is done")
@@ -90,7 +93,7 @@ func (c *config) Validate() error {
 	if c.output == "" {
 		return errors.New("no output is given: name a file with -o")
 	}
-	if c.socket != "" && len(c.supernodes) > 0 {
+	if c.socket != "" && c.socket != noSocket && len(c.supernodes) > 0 {
 		return errors.New("--socket and --supernode exclude each other")
 	}
 	if err := (dfget.PeerConfig{Supernodes: c.supernodes}).Validate(); err != nil {
@@ -119,6 +122,9 @@ func (c *config) run(ctx context.Context, log *zap.Logger, args []string) error 
 	socket := c.socket
 	if _, err := os.Stat(daemonSocket); err == nil && socket == "" && len(c.supernodes) == 0 {
 		socket = daemonSocket
+	}
+	if socket == noSocket {
+		socket = ""
 	}
 	show := &progress{w: os.Stderr, began: time.Now(), daemon: socket != "", terminal: term.IsTerminal(int(os.Stderr.Fd()))}
 	d := dfget.Download{

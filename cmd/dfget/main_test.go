@@ -44,6 +44,7 @@ func start(t *testing.T, args ...string) (cmd *exec.Cmd, out string, said *bytes
 	dir := t.TempDir()
 	out, said = filepath.Join(dir, "out"), new(bytes.Buffer)
 	cmd = exec.CommandContext(t.Context(), bin, append([]string{"--data-dir", filepath.Join(dir, "data"), "-o", out}, args...)...)
+	cmd.Env = append(os.Environ(), "DFGET_SOCKET="+noSocket) // whatever runs on this machine
 	cmd.Stdout, cmd.Stderr = said, said
 	return cmd, out, said
 }
