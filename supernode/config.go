@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"time"
 
 	"damselfly.dev/registryproxy"
@@ -59,6 +60,9 @@ func Default() Config {
 func (c Config) Validate() error {
 	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		return fmt.Errorf("listen address %q: want host:port", c.Listen)
+	}
+	if strings.ContainsAny(c.Advertise, "/ @?#") {
+		return fmt.Errorf("advertised address %q: want a host name or an IP address", c.Advertise)
 	}
 	switch {
 	case c.DataDir == "":
