@@ -180,9 +180,6 @@ func TestFlashCrowd(t *testing.T) {
 		{hosts: 30, pieces: 256, reading: true},
 	} {
 		t.Run(fmt.Sprintf("hosts=%d,lanes=%d,latency=%v,reading=%v", c.hosts, c.lanes, c.latency, c.reading), func(t *testing.T) {
-			if c.hosts > 100 && testing.Short() {
-				t.Skip("takes long")
-			}
 			o := c.run(t)
 			expect(t, "efficiency", o.efficiency(), 0.9, 1)
 			expect(t, "seed copies", o.seedCopies(), 1, 1.15)
