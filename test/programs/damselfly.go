@@ -16,22 +16,25 @@ type Supernode struct {
 	*server
 	bin       string
 	upstreams map[string]string
+	flags     []string
 }
 
 // StartSupernode starts the supernode in bin for the registries named by
-// upstreams. Started again on the same host it finds what the one before left.
-func StartSupernode(ctx context.Context, h *lab.Host, bin string, upstreams map[string]string) (*Supernode, error) {
+// upstreams, with more flags if there are any. Started again on the same host
+// it finds what the one before left.
+func StartSupernode(ctx context.Context, h *lab.Host, bin string, upstreams map[string]string, flags ...string) (*Supernode, error) {
 	args := []string{
 		"--listen", netip.AddrPortFrom(h.IP(), apiPort).String(),
 		"--advertise", h.IP().String(),
 		"--data-dir", filepath.Join(h.Dir(), "supernode"),
 	}
-	cmd := exec.Command(filepath.Join(bin, "supernode"), append(args, registries(upstreams)...)...) //nolint:gosec // G204: built by Build
+	args = append(append(args, registries(upstreams)...), flags...)
+	cmd := exec.Command(filepath.Join(bin, "supernode"), args...) //nolint:gosec // G204: built by Build
 	s, err := serve(ctx, h, "supernode", cmd, url(h.IP(), apiPort, "/healthz"), url(h.IP(), apiPort, "/metrics"))
 	if err != nil {
 		return nil, err
 	}
-	return &Supernode{server: s, bin: bin, upstreams: upstreams}, nil
+	return &Supernode{server: s, bin: bin, upstreams: upstreams, flags: flags}, nil
 }
 
 // URL is where the supernode answers.
@@ -39,11 +42,16 @@ func (s *Supernode) URL() string { return url(s.Host.IP(), apiPort, "") }
 
 // Restart starts the supernode again after its process has ended.
 func (s *Supernode) Restart(ctx context.Context) error {
-	next, err := StartSupernode(ctx, s.Host, s.bin, s.upstreams)
+	next, err := StartSupernode(ctx, s.Host, s.bin, s.upstreams, s.flags...)
 	if err == nil {
 		*s = *next
 	}
 	return err
+}
+
+// Sent is the supernode's own count of the bytes it has sent to hosts.
+func (s *Supernode) Sent(ctx context.Context) (int64, error) {
+	return s.value(ctx, "damselfly_sent_bytes_total")
 }
 
 // Origin is the supernode's own count: the bytes it had from registries, and
@@ -62,11 +70,13 @@ type Daemon struct {
 	bin       string
 	supernode string
 	upstreams map[string]string
+	flags     []string
 }
 
-// StartDaemon starts the dfdaemon in bin; supernode is a URL. Started again on
-// the same host it finds what the one before left.
-func StartDaemon(ctx context.Context, h *lab.Host, bin, supernode string, upstreams map[string]string) (*Daemon, error) {
+// StartDaemon starts the dfdaemon in bin, with more flags if there are any;
+// supernode is a URL. Started again on the same host it finds what the one
+// before left.
+func StartDaemon(ctx context.Context, h *lab.Host, bin, supernode string, upstreams map[string]string, flags ...string) (*Daemon, error) {
 	args := []string{
 		"--supernode", supernode,
 		"--advertise", h.IP().String(),
@@ -76,17 +86,18 @@ func StartDaemon(ctx context.Context, h *lab.Host, bin, supernode string, upstre
 		"--metrics-listen", netip.AddrPortFrom(h.Local(), metricsPort).String(),
 		"--socket", filepath.Join(h.Dir(), "dfdaemon.sock"),
 	}
-	cmd := exec.Command(filepath.Join(bin, "dfdaemon"), append(args, registries(upstreams)...)...) //nolint:gosec // G204: built by Build
+	args = append(append(args, registries(upstreams)...), flags...)
+	cmd := exec.Command(filepath.Join(bin, "dfdaemon"), args...) //nolint:gosec // G204: built by Build
 	s, err := serve(ctx, h, "dfdaemon", cmd, url(h.Local(), metricsPort, "/healthz"), url(h.Local(), metricsPort, "/metrics"))
 	if err != nil {
 		return nil, err
 	}
-	return &Daemon{server: s, bin: bin, supernode: supernode, upstreams: upstreams}, nil
+	return &Daemon{server: s, bin: bin, supernode: supernode, upstreams: upstreams, flags: flags}, nil
 }
 
 // Restart starts the daemon again after its process has ended.
 func (d *Daemon) Restart(ctx context.Context) error {
-	next, err := StartDaemon(ctx, d.Host, d.bin, d.supernode, d.upstreams)
+	next, err := StartDaemon(ctx, d.Host, d.bin, d.supernode, d.upstreams, d.flags...)
 	if err == nil {
 		*d = *next
 	}

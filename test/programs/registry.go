@@ -3,18 +3,12 @@
 package programs
 
 import (
-	"bufio"
 	"context"
-	"errors"
 	"fmt"
-	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
-	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -28,7 +22,7 @@ const RegistryName = "registry.demo"
 // A Registry is docker/distribution on a host: Debian's, or else the library's.
 type Registry struct {
 	*server
-	skip int64 // bytes of the log that belong to the pushes
+	accessLog
 }
 
 // StartRegistry starts an empty registry; bin is where Build has put one.
@@ -56,7 +50,7 @@ http: {addr: %q, secret: of no use with one registry}
 	if err != nil {
 		return nil, err
 	}
-	return &Registry{server: s}, nil
+	return &Registry{server: s, accessLog: accessLog{path: s.Process.Log()}}, nil
 }
 
 // URL is where the registry answers.
@@ -69,67 +63,4 @@ func (r *Registry) Push(ctx context.Context, img v1.Image, name string) error {
 		return err
 	}
 	return r.Forget()
-}
-
-// Forget makes Requests begin anew.
-func (r *Registry) Forget() error {
-	info, err := os.Stat(r.Process.Log())
-	if err != nil {
-		return fmt.Errorf("read the registry's log: %w", err)
-	}
-	r.skip = info.Size()
-	return nil
-}
-
-// A Request is a line of the registry's own log.
-type Request struct {
-	Client       netip.Addr
-	Method, Path string
-	Status       int
-	Bytes        int64 // of the body as sent
-}
-
-// Content says whether the request brought bytes of an image.
-func (q Request) Content() bool {
-	return q.Method == http.MethodGet && q.Status/100 == 2 && (strings.Contains(q.Path, "/blobs/") || strings.Contains(q.Path, "/manifests/"))
-}
-
-// accessLine is the combined log format.
-var accessLine = regexp.MustCompile(`^(\S+) \S+ \S+ \[[^\]]*\] "(\S+) (\S+) [^"]*" (\d+) (\d+) `)
-
-// Requests are what the registry has answered since the last push or Forget.
-// It writes them down when the answer has ended.
-func (r *Registry) Requests() ([]Request, error) {
-	log, err := os.Open(r.Process.Log())
-	if err != nil {
-		return nil, fmt.Errorf("read the registry's log: %w", err)
-	}
-	defer log.Close()
-	if _, err := log.Seek(r.skip, 0); err != nil {
-		return nil, fmt.Errorf("read the registry's log: %w", err)
-	}
-	var requests []Request
-	lines := bufio.NewScanner(log)
-	for lines.Scan() {
-		if q, ok := parse(lines.Text()); ok {
-			requests = append(requests, q)
-		}
-	}
-	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("read the registry's log: %w", err)
-	}
-	return requests, nil
-}
-
-// parse reads a line of the combined log; the program's own messages are none.
-func parse(line string) (Request, bool) {
-	m := accessLine.FindStringSubmatch(line)
-	if m == nil {
-		return Request{}, false
-	}
-	client, errClient := netip.ParseAddr(m[1])
-	status, errStatus := strconv.Atoi(m[4])
-	n, errBytes := strconv.ParseInt(m[5], 10, 64)
-	path, _, _ := strings.Cut(m[3], "?")
-	return Request{Client: client, Method: m[2], Path: path, Status: status, Bytes: n}, errors.Join(errClient, errStatus, errBytes) == nil
 }
