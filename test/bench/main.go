@@ -1,49 +1,96 @@
-// Command bench measures real processes and prints what they took beside what
-// they may take: peak memory with many large blobs at once.
+//go:build linux
+
+// Command bench measures real programs and prints what they took beside what
+// they may take, and beside what nginx and curl alone take in the same run.
 package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
-	"math/rand/v2"
-	"net"
-	"net/http"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strconv"
+	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
-	"time"
-
-	"golang.org/x/sync/errgroup"
 )
 
-// row is one line of the table.
+// scenarios are what can be measured, in the order it is.
+var scenarios = []scenario{
+	{"flash", "all hosts at once, a cold supernode, equal links: 8, 16, 30 hosts", flash},
+	{"memory", "peak memory with many large blobs at once", memory},
+}
+
+// A scenario measures something and adds its rows to the table.
+type scenario struct {
+	name, about string
+	run         func(context.Context, *env) error
+}
+
+// env is what a scenario works with.
+type env struct {
+	bin   string // folder of the built commands
+	runs  int    // how often a figure is measured; its median counts
+	short bool   // only see that the scenario works
+	rows  []row
+}
+
+// row is one line of the table: the median of a figure's values.
 type row struct {
-	Name   string  `json:"name"`
-	Figure float64 `json:"figure"`
-	Limit  float64 `json:"limit"`
-	Unit   string  `json:"unit"`
-	OK     bool    `json:"ok"`
+	Scenario string    `json:"scenario"`
+	Name     string    `json:"name"`
+	Figure   float64   `json:"figure"`
+	Unit     string    `json:"unit,omitempty"`
+	Bound    string    `json:"bound,omitempty"` // "at most", "at least", or nothing where there is none
+	Limit    float64   `json:"limit,omitempty"`
+	OK       bool      `json:"ok"`
+	Values   []float64 `json:"values"`
+}
+
+// say tells of progress.
+func (e *env) say(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
+// atMost adds a row that holds when the median is at most the limit.
+func (e *env) atMost(name, unit string, limit float64, values ...float64) {
+	m := median(values)
+	e.rows = append(e.rows, row{Name: name, Figure: m, Unit: unit, Bound: "at most", Limit: limit, OK: m > 0 && m <= limit, Values: values})
+}
+
+// atLeast adds a row that holds when the median is at least the limit.
+func (e *env) atLeast(name, unit string, limit float64, values ...float64) {
+	m := median(values)
+	e.rows = append(e.rows, row{Name: name, Figure: m, Unit: unit, Bound: "at least", Limit: limit, OK: m >= limit, Values: values})
+}
+
+// tell adds a row that only informs.
+func (e *env) tell(name, unit string, values ...float64) {
+	e.rows = append(e.rows, row{Name: name, Figure: median(values), Unit: unit, OK: true, Values: values})
+}
+
+// median is the middle of some values, the lower of two; 0 for none.
+func median(values []float64) float64 {
+	if len(values) == 0 {
+		return 0
+	}
+	return slices.Sorted(slices.Values(values))[(len(values)-1)/2]
 }
 
 func main() {
-	blobs := flag.Int("blobs", 10, "how many blobs at once")
-	size := flag.Int64("size", 256<<20, "bytes of each blob")
-	bin := flag.String("bin", "bin", "folder of the built commands")
-	out := flag.String("json", "", "write the rows to this file too")
+	var e env
+	flag.StringVar(&e.bin, "bin", "bin", "folder of the built commands")
+	flag.IntVar(&e.runs, "runs", 3, "how often each figure is measured")
+	flag.BoolVar(&e.short, "short", false, "small and once, to see that it works: its figures mean nothing")
+	only := flag.String("only", "", "regular expression of the scenarios to measure; all without")
+	out := flag.String("json", "bin/bench.json", "write the rows to this file too; empty: to none")
+	flag.Usage = usage
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, *bin, *out, *blobs, *size)
+	err := e.measure(ctx, *only, *out)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -51,218 +98,93 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, bin, out string, blobs int, size int64) error {
-	dir, err := os.MkdirTemp("", "damselfly-bench-")
+func usage() {
+	fmt.Fprintln(os.Stderr, "usage: bench [flags]\n\nscenarios:")
+	for _, s := range scenarios {
+		fmt.Fprintf(os.Stderr, "  %-10s %s\n", s.name, s.about)
+	}
+	fmt.Fprintln(os.Stderr, "\nflags:")
+	flag.PrintDefaults()
+}
+
+// measure runs the scenarios, prints the table even when one of them fails, and
+// returns what went wrong or does not hold.
+func (e *env) measure(ctx context.Context, only, out string) error {
+	pattern, err := regexp.Compile("^(?:" + only + ")$")
 	if err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
+	if e.bin, err = filepath.Abs(e.bin); err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	rows, err := memory(ctx, bin, dir, blobs, size)
-	if err != nil {
-		return err
+	if e.runs < 1 || e.short {
+		e.runs = 1
 	}
+	var errs []error
+	chosen := 0
+	for _, s := range scenarios {
+		if only != "" && !pattern.MatchString(s.name) || ctx.Err() != nil {
+			continue
+		}
+		chosen++
+		e.say("%s: %s", s.name, s.about)
+		had := len(e.rows)
+		if err := s.run(ctx, e); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", s.name, err))
+		}
+		for i := had; i < len(e.rows); i++ {
+			e.rows[i].Scenario = s.name
+		}
+	}
+	if chosen == 0 {
+		return fmt.Errorf("no scenario is called %q; -h lists them", only)
+	}
+	return errors.Join(append(errs, e.print(), e.write(out))...)
+}
+
+// print prints the table; its error is that some rows do not hold.
+func (e *env) print() error {
 	tw := tabwriter.NewWriter(os.Stdout, 2, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "what\tmeasured\tlimit\t")
+	fmt.Fprintln(tw, "what\tmeasured\twanted\t\truns")
 	missed := 0
-	for _, r := range rows {
-		verdict := "holds"
+	for _, r := range e.rows {
+		wanted, verdict := "", ""
+		if r.Bound != "" {
+			wanted, verdict = strings.TrimSpace(fmt.Sprintf("%s %.4g %s", r.Bound, r.Limit, r.Unit)), "holds"
+		}
 		if !r.OK {
 			verdict = "DOES NOT HOLD"
 			missed++
 		}
-		fmt.Fprintf(tw, "%s\t%.4g %s\t%.4g %s\t%s\n", r.Name, r.Figure, r.Unit, r.Limit, r.Unit, verdict)
+		if e.short {
+			verdict = ""
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\n", r.Name, strings.TrimSpace(fmt.Sprintf("%.4g %s", r.Figure, r.Unit)), wanted, verdict, spread(r.Values))
 	}
 	if err := tw.Flush(); err != nil {
 		return err
 	}
-	if out != "" {
-		b, err := json.MarshalIndent(rows, "", "  ")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(out, append(b, '\n'), 0o644); err != nil {
-			return err
-		}
-	}
-	if missed > 0 {
-		return fmt.Errorf("%d of %d rows do not hold", missed, len(rows))
+	if missed > 0 && !e.short {
+		return fmt.Errorf("%d of %d rows do not hold", missed, len(e.rows))
 	}
 	return nil
 }
 
-// memory pulls all blobs at once through two hosts, the second beginning when
-// the first is under way so that both receive and send, and reads the peak
-// resident memory of each process.
-func memory(ctx context.Context, bin, dir string, blobs int, size int64) ([]row, error) {
-	origin := newOrigin(blobs, size)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
+// spread shows the least and the most of several values.
+func spread(values []float64) string {
+	if len(values) < 2 {
+		return ""
 	}
-	srv := &http.Server{Handler: origin, ReadHeaderTimeout: time.Minute}
-	go srv.Serve(ln)
-	defer srv.Close()
-
-	ports, err := freePorts(7)
-	if err != nil {
-		return nil, err
-	}
-	registry := "bench.example=http://" + ln.Addr().String()
-	super, err := start(ctx, dir, "supernode", bin, "--listen", ports[0], "--data-dir", filepath.Join(dir, "s"), "--registry", registry)
-	if err != nil {
-		return nil, err
-	}
-	defer super.stop()
-	if err := ready(ctx, "http://"+ports[0]+"/healthz"); err != nil {
-		return nil, err
-	}
-	daemons := make([]*process, 2)
-	for i := range daemons {
-		p := ports[1+3*i:]
-		daemons[i], err = start(ctx, dir, "dfdaemon", bin, "--supernode", "http://"+ports[0], "--advertise", "127.0.0.1",
-			"--data-dir", filepath.Join(dir, strconv.Itoa(i)), "--mirror-listen", p[0], "--peer-listen", p[1], "--metrics-listen", p[2],
-			"--socket", filepath.Join(dir, strconv.Itoa(i)+".sock"), "--registry", registry)
-		if err != nil {
-			return nil, err
-		}
-		defer daemons[i].stop()
-		if err := ready(ctx, "http://"+p[2]+"/healthz"); err != nil {
-			return nil, err
-		}
-	}
-	g, gctx := errgroup.WithContext(ctx)
-	for i := range daemons {
-		for b := range origin.blobs {
-			g.Go(func() error { return pull(gctx, ports[1+3*i], origin.blobs[b]) })
-		}
-	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	what := fmt.Sprintf(", %d blobs of %d MiB at once", blobs, size>>20)
-	rows := make([]row, 0, 4)
-	for i, d := range daemons {
-		rows = append(rows, limited(fmt.Sprintf("dfdaemon %d peak memory%s", i+1, what), d.peakMiB(), 100, "MiB"))
-	}
-	rows = append(rows,
-		limited("supernode peak memory"+what, super.peakMiB(), 200, "MiB"),
-		limited("origin bytes / unique bytes", float64(origin.sent.Load())/float64(int64(blobs)*size), 1.004, ""))
-	return rows, nil
+	return fmt.Sprintf("%d: %.4g to %.4g", len(values), slices.Min(values), slices.Max(values))
 }
 
-func limited(name string, figure, limit float64, unit string) row {
-	return row{Name: name, Figure: figure, Limit: limit, Unit: unit, OK: figure > 0 && figure <= limit}
-}
-
-func pull(ctx context.Context, mirror string, b blob) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+mirror+"/v2/bench/blobs/blobs/"+b.digest+"?ns=bench.example", nil)
+func (e *env) write(out string) error {
+	if out == "" {
+		return nil
+	}
+	b, err := json.MarshalIndent(e.rows, "", "  ")
 	if err != nil {
 		return err
 	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("pull %s: %s", b.digest, resp.Status)
-	}
-	h := sha256.New()
-	if _, err := io.Copy(h, resp.Body); err != nil {
-		return fmt.Errorf("pull %s: %w", b.digest, err)
-	}
-	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != b.digest {
-		return fmt.Errorf("pull %s: got %s", b.digest, got)
-	}
-	return nil
-}
-
-// process is one of ours, started for the measurement.
-type process struct {
-	cmd *exec.Cmd
-	log string
-}
-
-func start(ctx context.Context, dir, name, bin string, args ...string) (*process, error) {
-	f, err := os.CreateTemp(dir, name+"-*.log")
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, name), args...)
-	cmd.Stdout, cmd.Stderr = f, f
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	return &process{cmd: cmd, log: f.Name()}, nil
-}
-
-func (p *process) stop() {
-	_ = p.cmd.Process.Signal(syscall.SIGTERM)
-	_ = p.cmd.Wait()
-}
-
-// peakMiB is the most resident memory the process has had, 0 when unknown.
-func (p *process) peakMiB() float64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	if err != nil {
-		return 0
-	}
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kb, _ := strconv.ParseFloat(strings.Fields(v)[0], 64)
-			return kb / 1024
-		}
-	}
-	return 0
-}
-
-func freePorts(n int) ([]string, error) {
-	var addrs []string
-	for range n {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer ln.Close()
-		addrs = append(addrs, ln.Addr().String())
-	}
-	return addrs, nil
-}
-
-func ready(ctx context.Context, url string) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	t := time.NewTicker(50 * time.Millisecond)
-	defer t.Stop()
-	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-		if err != nil {
-			return err
-		}
-		if resp, err := http.DefaultClient.Do(req); err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return nil
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return errors.New("not ready within 20 s: " + url)
-		case <-t.C:
-		}
-	}
-}
-
-type blob struct {
-	seed   uint64
-	digest string
-}
-
-// content is the blob's bytes, made anew at each call.
-func (b blob) content(size int64) io.Reader {
-	var seed [32]byte
-	seed[0] = byte(b.seed)
-	return io.LimitReader(rand.NewChaCha8(seed), size)
+	return os.WriteFile(out, append(b, '\n'), 0o644)
 }
