@@ -21,6 +21,28 @@ func firstBoth(a, b bitset, start int) int { return first(a, b, 0, start) }
 // firstOnly is firstBoth for the members of a that are not in b.
 func firstOnly(a, b bitset, start int) int { return first(a, b, ^uint64(0), start) }
 
+// firstBut is firstBoth for those that are not in but; nil is none.
+func firstBut(a, b, but bitset, start int) int {
+	if but == nil || len(a) == 0 {
+		return firstBoth(a, b, start)
+	}
+	w := start >> 6
+	if w >= len(a) {
+		start, w = 0, 0
+	}
+	mask := since(start)
+	for range len(a) + 1 {
+		if word := a[w] & b[w] &^ but[w] & mask; word != 0 {
+			return w<<6 + bits.TrailingZeros64(word)
+		}
+		mask = ^uint64(0)
+		if w++; w == len(a) {
+			w = 0
+		}
+	}
+	return -1
+}
+
 // first is firstBoth with the bits of b flipped where they are set in flip.
 func first(a, b bitset, flip uint64, start int) int {
 	if len(a) == 0 {
@@ -88,9 +110,9 @@ func (r *roster) grow(words int) {
 	r.bitset, r.full = wider(r.bitset, words), wider(r.full, (words+63)/64)
 }
 
-// first returns the first member of r that is in b too, at or after start,
-// going round at the end, or -1. Both have the same room.
-func (r *roster) first(b bitset, start int) int {
+// first returns the first member of r that is in a and b too, at or after
+// start, going round at the end, or -1. All have the same room.
+func (r *roster) first(a, b bitset, start int) int {
 	if r.n == 0 {
 		return -1
 	}
@@ -100,13 +122,13 @@ func (r *roster) first(b bitset, start int) int {
 	}
 	mask := since(start)
 	for i := w; i >= 0; i = r.full.next(i + 1) {
-		if word := r.bitset[i] & b[i] & mask; word != 0 {
+		if word := r.bitset[i] & a[i] & b[i] & mask; word != 0 {
 			return i<<6 + bits.TrailingZeros64(word)
 		}
 		mask = ^uint64(0)
 	}
 	for i := r.full.next(0); i >= 0 && i <= w; i = r.full.next(i + 1) {
-		if word := r.bitset[i] & b[i]; word != 0 {
+		if word := r.bitset[i] & a[i] & b[i]; word != 0 {
 			return i<<6 + bits.TrailingZeros64(word)
 		}
 	}

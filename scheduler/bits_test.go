@@ -21,7 +21,7 @@ func TestSearches(t *testing.T) {
 	for range 20000 {
 		words := 1 + rnd.IntN(70)
 		n := words * 64
-		a, b := newBitset(n), newBitset(n)
+		a, b, c := newBitset(n), newBitset(n), newBitset(n)
 		var r roster
 		r.grow(words)
 		for range rnd.IntN(6) {
@@ -29,6 +29,7 @@ func TestSearches(t *testing.T) {
 		}
 		for range rnd.IntN(1 + rnd.IntN(2*n)) {
 			b.set(rnd.IntN(n))
+			c.set(rnd.IntN(n))
 		}
 		for range rnd.IntN(10) {
 			i := rnd.IntN(n)
@@ -38,22 +39,23 @@ func TestSearches(t *testing.T) {
 			}
 		}
 		start := rnd.IntN(n + 1)
-		for _, c := range []struct {
+		for _, x := range []struct {
 			name      string
 			got, want int
 		}{
 			{"firstBoth", firstBoth(a, b, start), firstSlow(n, start, func(i int) bool { return a.has(i) && b.has(i) })},
 			{"firstOnly", firstOnly(b, a, start), firstSlow(n, start, func(i int) bool { return b.has(i) && !a.has(i) })},
-			{"roster.first", r.first(b, start), firstSlow(n, start, func(i int) bool { return r.has(i) && b.has(i) })},
-			{"roster of all", r.first(r.bitset, start), firstSlow(n, start, r.has)},
+			{"firstBut", firstBut(c, b, a, start), firstSlow(n, start, func(i int) bool { return c.has(i) && b.has(i) && !a.has(i) })},
+			{"roster.first", r.first(b, c, start), firstSlow(n, start, func(i int) bool { return r.has(i) && b.has(i) && c.has(i) })},
+			{"roster of all", r.first(r.bitset, r.bitset, start), firstSlow(n, start, r.has)},
 			{"next", b.next(start), firstSlow(n, 0, func(i int) bool { return i >= start && b.has(i) })},
 		} {
-			if c.got != c.want {
-				t.Fatalf("%s from %d of %d gives %d, want %d", c.name, start, n, c.got, c.want)
+			if x.got != x.want {
+				t.Fatalf("%s from %d of %d gives %d, want %d", x.name, start, n, x.got, x.want)
 			}
 		}
 	}
-	if firstBoth(nil, nil, 0) != -1 || firstOnly(nil, nil, 0) != -1 {
+	if firstBoth(nil, nil, 0) != -1 || firstOnly(nil, nil, 0) != -1 || firstBut(nil, nil, nil, 0) != -1 {
 		t.Error("empty sets have a member")
 	}
 }

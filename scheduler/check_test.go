@@ -34,6 +34,9 @@ func check(s *Scheduler) error {
 			return fmt.Errorf("host %d: %w", h.id, err)
 		}
 	}
+	if err := checkLinks(s); err != nil {
+		return err
+	}
 	if len(s.work) != 0 {
 		return fmt.Errorf("%d hosts not looked at", len(s.work))
 	}
@@ -41,11 +44,10 @@ func check(s *Scheduler) error {
 }
 
 func checkTask(s *Scheduler, t *task) error {
-	holds, copies := make([]int32, t.n), make([]int32, t.n)
 	seeds := 0
 	for slot, p := range t.peers {
 		if p == nil {
-			if t.room.has(slot) || t.hungry.has(slot) || !slices.Contains(t.slots, slot) {
+			if t.room.has(slot) || t.hungry.has(slot) || t.all.members.has(slot) || !slices.Contains(t.slots, slot) {
 				return fmt.Errorf("slot %d is half free", slot)
 			}
 			continue
@@ -56,63 +58,126 @@ func checkTask(s *Scheduler, t *task) error {
 		if p.host.seed {
 			seeds++
 		}
-		has, needs := 0, 0
-		for i := range t.n {
-			if p.have.has(i) {
-				has++
-				if !p.host.seed {
-					holds[i]++
-					copies[i]++
-				}
-			}
-			if t.holders[i].has(slot) != (p.have.has(i) && !p.host.seed) {
-				return fmt.Errorf("host %d is wrongly among the holders of %d", p.host.id, i)
-			}
-			coming := 0
-			for _, tr := range p.host.downs {
-				if tr.child == p && tr.covers(i) {
-					if !tr.late {
-						copies[i]++
-					}
-					if !tr.reopened {
-						coming++
-					}
-				}
-			}
-			if coming > 1 {
-				return fmt.Errorf("piece %d comes to host %d %d times", i, p.host.id, coming)
-			}
-			if want := p.wants && !p.have.has(i) && coming == 0; p.need.has(i) != want {
-				return fmt.Errorf("host %d needs piece %d: %v, want %v", p.host.id, i, p.need.has(i), want)
-			}
-			if p.need.has(i) {
-				needs++
-			}
-		}
-		if has != p.has || needs != p.needs {
-			return fmt.Errorf("host %d: has %d needs %d, counted %d and %d", p.host.id, has, needs, p.has, p.needs)
-		}
-		if listed := p.wants && has < t.n; listed != p.listed || listed != slices.Contains(p.host.wanting, p) {
-			return fmt.Errorf("host %d wants more: %v, listed %v", p.host.id, listed, p.listed)
-		}
-		if p.offered != slices.Contains(p.host.offers, p) {
-			return fmt.Errorf("host %d offered %v", p.host.id, p.offered)
-		}
-		// An idle host must be found by those who look for one; one that rests
-		// is looked at by Tick.
-		if p.host.sends(s.now, true) && !p.host.resting && !p.host.seed && !t.room.has(slot) && !p.offered {
-			return fmt.Errorf("host %d has room and nobody can find it", p.host.id)
-		}
-		if p.host.receives(s.now, true) && !p.host.resting && p.needs > 0 && !t.hungry.has(slot) {
-			return fmt.Errorf("host %d is hungry and nobody can find it", p.host.id)
+		if err := checkPeer(s, p); err != nil {
+			return fmt.Errorf("host %d: %w", p.host.id, err)
 		}
 	}
 	if seeds != len(t.seeds) {
 		return fmt.Errorf("%d seeds, listed %d", seeds, len(t.seeds))
 	}
+	for _, z := range append(slices.Clone(t.zones), t.all) {
+		if err := checkZone(t, z); err != nil {
+			return fmt.Errorf("zone %+v: %w", z.link, err)
+		}
+	}
+	return nil
+}
+
+func checkPeer(s *Scheduler, p *peer) error {
+	t := p.task
+	if ruled := s.cfg.CrossOnce && p.host.zone != ""; ruled != (p.zone.link != nil) || ruled && p.zone.link.name != p.host.zone || !p.zone.members.has(p.slot) {
+		return fmt.Errorf("stands in another zone")
+	}
+	has, needs := 0, 0
 	for i := range t.n {
-		if holds[i] != t.holds[i] || copies[i] != t.copies[i] || t.held.has(i) != (holds[i] > 0) || t.copied.has(i) != (copies[i] > 0) {
-			return fmt.Errorf("piece %d: %d holders and %d copies, counted %d and %d", i, holds[i], copies[i], t.holds[i], t.copies[i])
+		if p.have.has(i) {
+			has++
+		}
+		if t.holders[i].has(p.slot) != (p.have.has(i) && !p.host.seed) {
+			return fmt.Errorf("is wrongly among the holders of %d", i)
+		}
+		coming := 0
+		for _, tr := range p.host.downs {
+			if tr.child == p && tr.covers(i) && !tr.reopened {
+				coming++
+			}
+		}
+		if coming > 1 {
+			return fmt.Errorf("piece %d comes to it %d times", i, coming)
+		}
+		if want := p.wants && !p.have.has(i) && coming == 0; p.need.has(i) != want {
+			return fmt.Errorf("needs piece %d: %v, want %v", i, p.need.has(i), want)
+		}
+		if p.need.has(i) {
+			needs++
+		}
+	}
+	if has != p.has || needs != p.needs {
+		return fmt.Errorf("has %d needs %d, counted %d and %d", has, needs, p.has, p.needs)
+	}
+	if listed := p.wants && has < t.n; listed != p.listed || listed != slices.Contains(p.host.wanting, p) {
+		return fmt.Errorf("wants more: %v, listed %v", listed, p.listed)
+	}
+	if p.offered != slices.Contains(p.host.offers, p) {
+		return fmt.Errorf("offered %v", p.offered)
+	}
+	// An idle host must be found by those who look for one; one that rests
+	// is looked at by Tick.
+	if p.host.sends(s.now, true) && !p.host.resting && !p.host.seed && !t.room.has(p.slot) && !p.offered {
+		return fmt.Errorf("has room and nobody can find it")
+	}
+	if p.host.receives(s.now, true) && !p.host.resting && p.needs > 0 && !t.hungry.has(p.slot) {
+		return fmt.Errorf("is hungry and nobody can find it")
+	}
+	return nil
+}
+
+// checkZone counts again what the zone has, and that of no piece two copies
+// cross into it side by side, other than to hosts that send nothing.
+func checkZone(t *task, z *zone) error {
+	peers, openers := 0, 0
+	for _, p := range t.peers {
+		if p != nil && z.members.has(p.slot) {
+			peers++
+			if p.wants && p.host.opens() {
+				openers++
+			}
+		}
+	}
+	if peers != z.peers || z.link != nil && (openers != z.openers || peers == 0) {
+		return fmt.Errorf("%d peers, %d openers, counted %d and %d", peers, openers, z.peers, z.openers)
+	}
+	for i := range t.n {
+		holds, copies, served, crossing := int32(0), int32(0), int32(0), 0
+		seeded := false
+		for _, p := range t.peers {
+			if p == nil || !z.members.has(p.slot) {
+				continue
+			}
+			n := int32(0)
+			switch {
+			case p.have.has(i) && p.host.seed:
+				seeded = true
+			case p.have.has(i):
+				holds++
+				n++
+			}
+			for _, tr := range p.host.downs {
+				if tr.child == p && tr.covers(i) {
+					if !tr.late {
+						n++
+					}
+					if tr.link != nil && p.host.up > 0 {
+						crossing++
+					}
+				}
+			}
+			copies += n
+			if p.host.up > 0 {
+				served += n
+			}
+		}
+		if holds != z.holds[i] || copies != z.copies[i] || z.held.has(i) != (holds > 0) || z.copied.has(i) != (copies > 0) {
+			return fmt.Errorf("piece %d: %d holders and %d copies, counted %d and %d", i, holds, copies, z.holds[i], z.copies[i])
+		}
+		if z.link == nil {
+			continue
+		}
+		if served != z.served[i] || z.barred.has(i) != (served > 0 || seeded) {
+			return fmt.Errorf("piece %d: %d copies to be had, counted %d, barred %v", i, served, z.served[i], z.barred.has(i))
+		}
+		if crossing > 1 {
+			return fmt.Errorf("piece %d crosses %d times at once", i, crossing)
 		}
 	}
 	return nil
@@ -123,6 +188,8 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 	switch {
 	case s.find(tr.id) != tr:
 		return fmt.Errorf("cannot be found")
+	case (tr.link != nil) != crosses(c, p) || tr.link != nil && (tr.late || tr.link != c.zone.link):
+		return fmt.Errorf("late %v crosses %v, counted %v", tr.late, crosses(c, p), tr.link != nil)
 	case c.task != p.task || c.host == p.host:
 		return fmt.Errorf("goes nowhere")
 	case !slices.Contains(c.host.downs, tr) || !slices.Contains(p.host.ups, tr):
@@ -187,6 +254,29 @@ func checkHost(h *host) error {
 	}
 	if h.lent > h.up || h.lent < min(h.up, 1) {
 		return fmt.Errorf("%d of %d upload lanes lent", h.lent, h.up)
+	}
+	return nil
+}
+
+func checkLinks(s *Scheduler) error {
+	hosts, flows := map[*link]int{}, map[*link]int{}
+	for _, h := range s.list {
+		if h.link != nil {
+			hosts[h.link]++
+		}
+	}
+	for _, tr := range s.transfers {
+		if tr.link != nil && tr.before == nil {
+			flows[tr.link]++
+		}
+	}
+	for name, l := range s.links {
+		if l.name != name || l.hosts != hosts[l] || l.hosts == 0 || l.flows != flows[l] || l.window < minCrossings {
+			return fmt.Errorf("link %+v, counted %d hosts and %d flows", *l, hosts[l], flows[l])
+		}
+	}
+	if len(hosts) != len(s.links) {
+		return fmt.Errorf("%d links, known %d", len(hosts), len(s.links))
 	}
 	return nil
 }

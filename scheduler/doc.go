@@ -61,6 +61,22 @@
 // So no event goes through all hosts. A search gives up after a few looks; who
 // was passed over stays in the rosters, and Tick comes back to it.
 //
+// # Zones
+//
+// With the zone rule (Config.CrossOnce) every named zone of a task counts its own
+// copies. What is the first copy of a piece in a zone crosses into it; that is
+// much like a fresh piece from a seed, and comes as early in feed (feedAcross). All
+// other pieces a host gets within its zone. So few transfers cross side by side
+// (link.window) that each is no slower than a lane, or two: on a thin link more
+// would hold their lanes for long and bring the same. What crosses tells nothing
+// of its hosts' rates, and is late by the measure of its like. A late one is given
+// up, not doubled.
+//
+// A copy counts when its host may send it: those without upload lanes wait for
+// others of their zone to bring a piece, as long as there are such. Who gets
+// nothing for a while, because all who hold a piece in its zone have failed it or
+// are slow, may have it cross again.
+//
 // # Why it is so
 //
 // Assignments that wait at one end for lanes that end at another time leave one

@@ -20,6 +20,14 @@ func (s *Scheduler) HostUp(now time.Time, id HostID, spec Host) {
 	if h.seed {
 		h.down = 0
 	}
+	if s.cfg.CrossOnce && spec.Zone != "" {
+		h.link = s.links[spec.Zone]
+		if h.link == nil {
+			h.link = &link{name: spec.Zone, window: minCrossings}
+			s.links[spec.Zone] = h.link
+		}
+		h.link.hosts++
+	}
 	s.hosts[id] = h
 	s.list = append(s.list, h)
 }
@@ -52,6 +60,11 @@ func (s *Scheduler) HostDown(now time.Time, id HostID) {
 	s.list[h.index], last.index = last, h.index
 	s.list = s.list[:len(s.list)-1]
 	delete(s.hosts, id)
+	if l := h.link; l != nil {
+		if l.hosts--; l.hosts == 0 {
+			delete(s.links, l.name)
+		}
+	}
 }
 
 // memberships returns the host's peers, always in the same order.
@@ -122,7 +135,10 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 		}
 	}
 	if wants && !h.seed && !p.wants {
-		p.wants = true
+		p.wants, p.since = true, s.now
+		if h.opens() {
+			p.zone.openers++
+		}
 		for i := range t.n {
 			p.reopen(i)
 		}
@@ -271,7 +287,7 @@ func (s *Scheduler) gain(p *peer, i int, by *transfer) {
 		}
 		tr.left &^= 1 << (i - tr.first)
 		if !tr.late {
-			s.dropCopy(p.task, i)
+			s.dropCopy(p, i)
 		}
 		if tr.left != 0 {
 			continue
@@ -326,6 +342,9 @@ func (s *Scheduler) detach(p *peer) {
 			s.cancel(tr)
 		}
 	}
+	if p.wants && h.opens() {
+		p.zone.openers--
+	}
 	p.wants = false
 	for i := range t.n {
 		if p.have.has(i) {
@@ -339,9 +358,9 @@ func (s *Scheduler) detach(p *peer) {
 }
 
 // dropCopy counts one copy of piece i less. What has none is the seeds' to send.
-func (s *Scheduler) dropCopy(t *task, i int) {
-	if t.dropCopy(i) {
-		s.reseed(t)
+func (s *Scheduler) dropCopy(p *peer, i int) {
+	if p.dropCopy(i) {
+		s.reseed(p.task)
 	}
 }
 

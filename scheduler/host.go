@@ -9,6 +9,7 @@ type host struct {
 	up, down   int // configured lanes
 	lent       int // upload lanes it is trusted with now, 1 to up
 	zone, rack string
+	link       *link // into its zone, with the rule
 	seed       bool
 	banned     bool
 	gone       bool // HostDown has been: no decision is for it any more

@@ -137,7 +137,7 @@ func (s *Scheduler) lookAhead(tr *transfer) {
 		if i < 0 {
 			continue
 		}
-		if other := s.childFor(parent); other == nil || other.host == c || !s.prior(other, parent, i) {
+		if other := s.childFor(parent); other == nil || other.host == c || !s.prior(other, child, parent, i) {
 			s.assignRun(child, parent, i, tr)
 		}
 		return
@@ -147,32 +147,40 @@ func (s *Scheduler) lookAhead(tr *transfer) {
 // nextFor returns the piece for c to get from p ahead, or -1. A seed sends
 // ahead only what it has sent to nobody.
 func (s *Scheduler) nextFor(c, p *peer) int {
+	if crosses(c, p) && c.zone.link.flows > c.zone.link.window {
+		return -1
+	}
 	if p.host.seed {
 		return s.freshFor(c, p)
 	}
-	if firstBoth(c.need, p.have, 0) < 0 {
+	if firstBut(c.need, p.have, barred(c, p), 0) < 0 {
 		return -1
 	}
 	return s.pieceFor(c, p)
 }
 
-// prior tells whether p's next free lane is for other before it is for whoever
-// would get piece i.
-func (s *Scheduler) prior(other, p *peer, i int) bool {
+// prior tells whether p's next free lane is for other before it is for c, who
+// would get piece i. What crosses goes on crossing, but from a seed only when
+// its own zone has no use for it.
+func (s *Scheduler) prior(other, c, p *peer, i int) bool {
+	if crosses(c, p) && !crosses(other, p) {
+		return p.host.seed
+	}
 	if other.host.in == 0 {
 		return true
 	}
-	copies := p.task.copies
+	copies := p.task.all.copies
 	return !p.host.seed && copies[s.pieceFor(other, p)] <= copies[i]
 }
 
 // assignRun assigns piece i and as many after it as one transfer should bring.
 func (s *Scheduler) assignRun(child, parent *peer, i int, before *transfer) {
 	t, count := child.task, 1
-	fresh := t.copies[i] == 0
+	copied, no := copied(child, parent), barred(child, parent)
+	fresh := !copied.has(i)
 	for limit := s.run(child); count < limit; count++ {
 		next := i + count
-		if next >= t.n || !child.need.has(next) || !parent.have.has(next) || (t.copies[next] == 0) != fresh {
+		if next >= t.n || !child.need.has(next) || !parent.have.has(next) || copied.has(next) == fresh || no != nil && no.has(next) {
 			break
 		}
 	}
@@ -204,7 +212,7 @@ func (s *Scheduler) sweep() {
 		s.swept++
 		t := s.order[s.swept%len(s.order)]
 		for range min(t.hungry.n, left) {
-			t.sweep = t.hungry.first(t.hungry.bitset, t.sweep)
+			t.sweep = t.hungry.first(t.hungry.bitset, t.hungry.bitset, t.sweep)
 			s.queue(t.peers[t.sweep].host)
 			t.sweep++
 			left--

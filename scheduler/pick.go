@@ -11,18 +11,48 @@ const (
 	choices = 4
 )
 
-// childFor returns the best of a few random hungry peers that p has a piece
-// for, or nil.
+// childFor returns somebody hungry that p has a piece for, or nil: to bring it
+// into a zone, the next that has use for it, else in its own. A seed looks in its
+// own zone first.
 func (s *Scheduler) childFor(p *peer) *peer {
 	t := p.task
 	if t.hungry.n == 0 || p.has == 0 {
 		return nil
 	}
+	if p.host.seed {
+		if c := s.childIn(p.zone, p); c != nil {
+			return c
+		}
+	}
+	for range t.zones {
+		t.turn++
+		z := t.zones[t.turn%len(t.zones)]
+		if z != p.zone && z.link.flows < z.link.window && firstOnly(p.have, z.barred, 0) >= 0 {
+			if c := s.childIn(z, p); c != nil {
+				return c
+			}
+		}
+	}
+	if !p.host.seed {
+		if c := s.childIn(p.zone, p); c != nil {
+			return c
+		}
+	}
+	if p.zone != t.all {
+		return s.childIn(t.all, p) // who has no zone
+	}
+	return nil
+}
+
+// childIn returns the best of a few random hungry peers of the zone that p has a
+// piece for, or nil.
+func (s *Scheduler) childIn(z *zone, p *peer) *peer {
+	t := p.task
 	var best *peer
 	rank, found := 0, 0
 	at := s.rnd.IntN(len(t.peers))
 	for range min(looks, t.hungry.n) {
-		if at = t.hungry.first(t.hungry.bitset, at); at < 0 {
+		if at = t.hungry.first(t.hungry.bitset, z.members, at); at < 0 {
 			break
 		}
 		c := t.peers[at]
@@ -31,7 +61,7 @@ func (s *Scheduler) childFor(p *peer) *peer {
 			t.hungry.remove(c.slot)
 			continue
 		}
-		if s.shuns(c.host, p.host) || firstBoth(c.need, p.have, 0) < 0 {
+		if s.shuns(c.host, p.host) || firstBut(c.need, p.have, barred(c, p), 0) < 0 || crosses(c, p) && !s.mayCross(c) {
 			continue
 		}
 		if r := s.childRank(c, p.host); best == nil || r > rank {
@@ -64,9 +94,9 @@ func (s *Scheduler) childRank(c *peer, parent *host) int {
 // rankUnit is more than the needs of a peer and the lanes of a host.
 const rankUnit = pieces.MaxPieces + 1
 
-// parentFor returns the best of a few random holders of piece i that have room,
-// or nil.
-func (s *Scheduler) parentFor(c *peer, i int) *peer {
+// parentFor returns the best of a few random holders of piece i in the zone that
+// have room, or nil.
+func (s *Scheduler) parentFor(c *peer, i int, z *zone) *peer {
 	t := c.task
 	if t.room.n == 0 {
 		return nil
@@ -75,7 +105,7 @@ func (s *Scheduler) parentFor(c *peer, i int) *peer {
 	rank, found := 0, 0
 	at := s.rnd.IntN(len(t.peers))
 	for range min(looks, t.room.n) {
-		if at = t.room.first(t.holders[i], at); at < 0 {
+		if at = t.room.first(t.holders[i], z.members, at); at < 0 {
 			break
 		}
 		p := t.peers[at]
@@ -125,8 +155,11 @@ func (s *Scheduler) feed(c *peer) bool {
 		return false
 	}
 	slow := s.slow(c.host.recvRate)
-	return s.feedWanted(c) || !slow && s.feedFresh(c) || s.feedRare(c) || slow && s.feedFresh(c) || s.feedAgain(c)
+	return s.feedWanted(c) || !slow && s.feedFirst(c) || s.feedRare(c) || slow && s.feedFirst(c) || s.feedAgain(c)
 }
+
+// feedFirst looks for what is to be the first copy, in the region or the zone.
+func (s *Scheduler) feedFirst(c *peer) bool { return s.feedFresh(c) || s.feedAcross(c) }
 
 // feedWanted looks for a parent for the first pieces c's reader waits for.
 func (s *Scheduler) feedWanted(c *peer) bool {
@@ -136,11 +169,11 @@ func (s *Scheduler) feedWanted(c *peer) bool {
 		if i < 0 {
 			return false
 		}
-		if p := s.parentFor(c, i); p != nil {
+		if p := s.parentFor(c, i, s.sourceOf(c, i)); p != nil {
 			s.assignRun(c, p, i, nil)
 			return true
 		}
-		if c.task.copies[i] == 0 && s.feedFresh(c) {
+		if !c.zone.copied.has(i) && s.feedFresh(c) {
 			return true
 		}
 		at = i + 1
@@ -148,10 +181,42 @@ func (s *Scheduler) feedWanted(c *peer) bool {
 	return false
 }
 
+// sourceOf returns the zone in which to look for piece i for c.
+func (s *Scheduler) sourceOf(c *peer, i int) *zone {
+	if c.zone.link != nil && !c.zone.barred.has(i) && s.mayCross(c) {
+		return c.task.all
+	}
+	return c.zone
+}
+
+// feedAcross looks in other zones for pieces that c's lacks, from the rarest on,
+// or for those that nobody there will send it.
+func (s *Scheduler) feedAcross(c *peer) bool {
+	t := c.task
+	if c.zone.link == nil || t.room.n == 0 || !s.mayCross(c) {
+		return false
+	}
+	s.draw(c.need, t.all.held, c.zone.barred, t.all.copies)
+	free := len(s.sample)
+	if free == 0 {
+		s.draw(c.need, t.all.held, nil, t.all.copies)
+	}
+	for _, x := range s.sample {
+		if free == 0 && !s.stuck(c, x.piece) {
+			continue
+		}
+		if p := s.parentFor(c, x.piece, t.all); p != nil {
+			s.assign(c, p, x.piece, 1, nil)
+			return true
+		}
+	}
+	return false
+}
+
 // feedFresh has a seed send c a piece of which there is no copy.
 func (s *Scheduler) feedFresh(c *peer) bool {
 	for _, p := range c.task.seeds {
-		if i := s.freshFor(c, p); i >= 0 && s.seedSends(p, c) {
+		if i := s.freshFor(c, p); i >= 0 && s.seedSends(p, c) && (!crosses(c, p) || s.mayCross(c)) {
 			s.assignRun(c, p, i, nil)
 			return true
 		}
@@ -162,19 +227,28 @@ func (s *Scheduler) feedFresh(c *peer) bool {
 // freshFor returns a piece of which there is no copy for c to get from a seed:
 // one its reader waits for, else the next round the task; or -1.
 func (s *Scheduler) freshFor(c, seed *peer) int {
-	t := c.task
-	if i := c.wanted(seed.have, c.wantFirst); i >= 0 && t.copies[i] == 0 {
+	t, copied := c.task, copied(c, seed)
+	if i := c.wanted(seed.have, c.wantFirst); i >= 0 && !copied.has(i) {
 		return i
 	}
 	at := t.fresh
 	for range s.cfg.Sample {
-		i := firstOnly(seed.have, t.copied, at)
+		i := firstOnly(seed.have, copied, at)
 		if i < 0 || c.need.has(i) {
 			return i
 		}
 		at = i + 1
 	}
 	return -1
+}
+
+// copied returns the pieces that c is not the first to have if it gets them from
+// p: the first in p's zone when that is its own.
+func copied(c, p *peer) bitset {
+	if c.zone == p.zone {
+		return c.zone.copied
+	}
+	return c.task.all.copied
 }
 
 // seedSends tells whether a seed may send to c. When it has no lane it looks
@@ -195,9 +269,9 @@ func (s *Scheduler) feedRare(c *peer) bool {
 	if t.room.n == 0 {
 		return false
 	}
-	s.draw(c.need, t.held, t.copies)
+	s.draw(c.need, c.zone.held, nil, c.zone.copies)
 	for _, x := range s.sample {
-		if p := s.parentFor(c, x.piece); p != nil {
+		if p := s.parentFor(c, x.piece, c.zone); p != nil {
 			s.assignRun(c, p, x.piece, nil)
 			return true
 		}
@@ -207,7 +281,7 @@ func (s *Scheduler) feedRare(c *peer) bool {
 	}
 	at := s.rnd.IntN(len(t.peers))
 	for range min(looks, t.room.n) {
-		if at = t.room.first(t.room.bitset, at); at < 0 {
+		if at = t.room.first(t.room.bitset, c.zone.members, at); at < 0 {
 			return false
 		}
 		p := t.peers[at]
@@ -228,11 +302,11 @@ func (s *Scheduler) feedAgain(c *peer) bool {
 	t := c.task
 	for _, p := range t.seeds {
 		idle := p.host.out == 0 && c.host.in == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
-		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 {
+		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || crosses(c, p) && !s.mayCross(c) {
 			s.offer(p)
 			continue
 		}
-		if firstBoth(c.need, p.have, 0) >= 0 {
+		if firstBut(c.need, p.have, barred(c, p), 0) >= 0 {
 			s.assignRun(c, p, s.pieceFor(c, p), nil)
 			return true
 		}
@@ -243,10 +317,11 @@ func (s *Scheduler) feedAgain(c *peer) bool {
 // pieceFor returns the piece for c to get from p: one its reader waits for,
 // else the rarest of a sample. There is one.
 func (s *Scheduler) pieceFor(c, p *peer) int {
-	if i := c.wanted(p.have, c.wantFirst); i >= 0 {
+	no := barred(c, p)
+	if i := c.wanted(p.have, c.wantFirst); i >= 0 && (no == nil || !no.has(i)) {
 		return i
 	}
-	s.draw(c.need, p.have, c.task.copies)
+	s.draw(c.need, p.have, no, c.zone.copies)
 	return s.sample[0].piece
 }
 
@@ -268,12 +343,12 @@ type candidate struct {
 	copies int32
 }
 
-// draw fills s.sample with pieces at random that are in both sets, the rarest
-// first, equals in random order: as many as cfg.Sample, or all when there are
+// draw fills s.sample with pieces at random that are in a and b and not in but,
+// the rarest first, equals in random order: as many as cfg.Sample, or all when there are
 // no more.
-func (s *Scheduler) draw(a, b bitset, copies []int32) {
+func (s *Scheduler) draw(a, b, but bitset, copies []int32) {
 	s.sample = s.sample[:0]
-	first := firstBoth(a, b, s.rnd.IntN(64*len(a)))
+	first := firstBut(a, b, but, s.rnd.IntN(64*len(a)))
 	if first < 0 {
 		return
 	}
@@ -286,7 +361,7 @@ func (s *Scheduler) draw(a, b bitset, copies []int32) {
 			s.sample[i] = s.sample[i-1]
 		}
 		s.sample[i] = x
-		if at = firstBoth(a, b, at+1); at == first {
+		if at = firstBut(a, b, but, at+1); at == first {
 			return
 		}
 	}

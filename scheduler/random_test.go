@@ -27,8 +27,10 @@ type region struct {
 }
 
 func newRegion(seed uint64) *region {
+	cfg := DefaultConfig()
+	cfg.CrossOnce = seed%2 == 1
 	return &region{
-		s: New(DefaultConfig(), rand.New(rand.NewPCG(seed, 1))), rnd: rand.New(rand.NewPCG(seed, 2)), now: time.Unix(1000, 0),
+		s: New(cfg, rand.New(rand.NewPCG(seed, 1))), rnd: rand.New(rand.NewPCG(seed, 2)), now: time.Unix(1000, 0),
 		spec: map[HostID]Host{}, n: map[TaskID]int{}, part: map[HostID]map[TaskID]*pieces.Set{}, left: map[TransferID]int{}, ever: map[TransferID]bool{},
 		bad: map[HostID]bool{}, dead: map[HostID]bool{},
 	}
@@ -120,7 +122,7 @@ func (r *region) hostUp() {
 		return
 	}
 	r.told = slices.DeleteFunc(r.told, func(d Decision) bool { return d.Host == id })
-	h := Host{Up: r.rnd.IntN(4), Down: r.rnd.IntN(4), Zone: "z" + string(rune('a'+r.rnd.IntN(2))), Rack: "r" + string(rune('a'+r.rnd.IntN(3)))}
+	h := Host{Up: r.rnd.IntN(4), Down: r.rnd.IntN(4), Zone: []string{"", "za", "zb"}[r.rnd.IntN(3)], Rack: "r" + string(rune('a'+r.rnd.IntN(3)))}
 	r.spec[id] = h
 	r.part[id] = map[TaskID]*pieces.Set{}
 	r.bad[id], r.dead[id] = r.rnd.IntN(15) == 0, r.rnd.IntN(15) == 0

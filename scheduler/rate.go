@@ -36,7 +36,11 @@ func (r *rate) note(took time.Duration, bytes int64) {
 // measure learns from the piece that tr has brought.
 func (s *Scheduler) measure(tr *transfer, piece int) {
 	took, size := s.now-tr.since, tr.child.task.layout.Size(piece)
-	if tr.before == nil && size >= pieces.MinPieceSize && took > 0 {
+	switch {
+	case tr.before != nil || size < pieces.MinPieceSize || took <= 0:
+	case tr.link != nil:
+		s.crossed(tr.link, took, size) // it says nothing of the hosts
+	default:
 		tr.child.host.recvRate.note(took, size)
 		tr.parent.host.sendRate.note(took, size)
 	}
@@ -72,6 +76,13 @@ func (s *Scheduler) pieceTime(c *peer) time.Duration {
 // lags tells whether tr takes several times as long as its like.
 func (s *Scheduler) lags(tr *transfer) bool {
 	expected := s.pieceTime(tr.child)
+	if tr.link != nil {
+		if tr.link.pace == 0 {
+			return s.now-tr.since > crossPatience
+		}
+		expected = max(expected, tr.link.pace.of(tr.child.task.layout.PieceSize))
+		return s.now-tr.since > max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
+	}
 	return s.typical > 0 && s.now-tr.since > max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
 }
 
@@ -79,6 +90,10 @@ func (s *Scheduler) lags(tr *transfer) bool {
 // sent to others meanwhile and the child got nothing from anybody, it is the
 // child's fault, and a second parent would not help.
 func (s *Scheduler) lagging(tr *transfer) {
+	if tr.link != nil {
+		s.abandon(tr)
+		return
+	}
 	c, p := tr.child.host, tr.parent.host
 	if !tr.late {
 		s.yield(tr)

@@ -55,7 +55,8 @@ type Decision struct {
 	After        TransferID // 0 for none
 	Task         TaskID
 	Host, Parent HostID
-	First, Count int // the run of pieces
+	First, Count int  // the run of pieces
+	Crosses      bool // into Host's zone, from a parent of another or of none
 }
 
 // Config is the policy's figures.
@@ -75,6 +76,10 @@ type Config struct {
 	// banned, and also how many unconfirmed reports of its own make a host
 	// unbelievable.
 	Accusers int
+	// CrossOnce is the zone rule: a host gets a piece from another zone only if
+	// no host of its own that sends has it or has it on the way. A host without
+	// a zone gets from anyone, and is of another zone to those that have one.
+	CrossOnce bool
 }
 
 // DefaultConfig returns the figures the policy was measured with.
@@ -94,7 +99,8 @@ type Scheduler struct {
 	now   time.Duration // since epoch; never goes back
 
 	hosts     map[HostID]*host
-	list      []*host // the same, in any order
+	list      []*host          // the same, in any order
+	links     map[string]*link // by zone, with the rule
 	tasks     map[TaskID]*task
 	order     []*task     // the same, in any order
 	transfers []*transfer // by slot
@@ -116,7 +122,7 @@ func New(cfg Config, rnd *rand.Rand) *Scheduler {
 	cfg.Sample = max(cfg.Sample, 1)
 	return &Scheduler{
 		cfg: cfg, rnd: rnd,
-		hosts: map[HostID]*host{}, tasks: map[TaskID]*task{},
+		hosts: map[HostID]*host{}, links: map[string]*link{}, tasks: map[TaskID]*task{},
 		sample: make([]candidate, 0, cfg.Sample),
 	}
 }

@@ -20,6 +20,7 @@ var rewrite = flag.Bool("rewrite", false, "write what the scripts in testdata gi
 // TestScripts runs the scripts in testdata. A script is made of paragraphs:
 // commands, a line of dashes, and what the scheduler decided. The commands:
 //
+//	rule           the zone rule is on; before the first host
 //	host ID [up=N] [down=N] [zone=Z] [rack=R] [seed]
 //	down ID
 //	task ID PIECES
@@ -121,6 +122,9 @@ func (r *script) decisions() {
 		r.number[d.Transfer] = n
 		r.open = append(r.open, n)
 		fmt.Fprintf(&r.out, "#%d %d <- %d task %d: %s", n, d.Host, d.Parent, d.Task, span(d.First, d.Count))
+		if d.Crosses {
+			fmt.Fprintf(&r.out, " crossing")
+		}
 		if d.After != 0 {
 			fmt.Fprintf(&r.out, " after #%d", r.number[d.After])
 		}
@@ -154,6 +158,8 @@ func (r *script) command(name string, args []string) error {
 	}
 	s := r.s
 	switch name {
+	case "rule":
+		s.cfg.CrossOnce = true
 	case "host":
 		up, _ := strconv.Atoi(option["up"])
 		down, _ := strconv.Atoi(option["down"])

@@ -1,6 +1,10 @@
 package scheduler
 
-import "damselfly.dev/pieces"
+import (
+	"time"
+
+	"damselfly.dev/pieces"
+)
 
 // A task is one TaskAdd to its TaskRemove.
 type task struct {
@@ -12,13 +16,10 @@ type task struct {
 	slots []int   // free slots
 	seeds []*peer
 
-	// Of the hosts that are no seeds: who has a piece, and how many have it or
-	// have it on the way.
-	holders []bitset // by piece, of slots
-	holds   []int32  // by piece, how many holders
-	copies  []int32  // by piece
-	held    bitset   // pieces with a holder
-	copied  bitset   // pieces with a copy
+	holders []bitset // by piece, the slots of who has it, but for seeds
+	all     *zone
+	zones   []*zone // with the rule, the others
+	turn    int     // of them, whom somebody last looked for a child in
 
 	fresh int // where to look on for a piece without a copy
 
@@ -35,7 +36,9 @@ type peer struct {
 	host  *host
 	task  *task
 	slot  int
-	wants bool // what it lacks; else it only serves
+	wants bool          // what it lacks; else it only serves
+	zone  *zone         // where it looks for pieces first
+	since time.Duration // when it last began to want
 	have  bitset
 	need  bitset // wanted, not had, and in no transfer or only in one that lags
 	has   int
@@ -49,9 +52,7 @@ type peer struct {
 func newTask(id TaskID, l pieces.Layout) *task {
 	n := l.Count()
 	t := &task{
-		id: id, layout: l, n: n,
-		holders: make([]bitset, n), holds: make([]int32, n), copies: make([]int32, n),
-		held: newBitset(n), copied: newBitset(n),
+		id: id, layout: l, n: n, holders: make([]bitset, n), all: newZone(n, 0, nil),
 	}
 	t.grow(64)
 	return t
@@ -64,6 +65,9 @@ func (t *task) grow(n int) {
 	for i, h := range t.holders {
 		t.holders[i] = all[i*words : (i+1)*words : (i+1)*words]
 		copy(t.holders[i], h)
+	}
+	for _, z := range append(t.zones, t.all) {
+		z.members = append(make(bitset, 0, words), z.members...)[:words]
 	}
 	t.room.grow(words)
 	t.hungry.grow(words)
@@ -81,6 +85,7 @@ func (t *task) add(h *host) *peer {
 	p := &peer{host: h, task: t, slot: t.slots[last], have: newBitset(t.n), need: newBitset(t.n)}
 	t.slots = t.slots[:last]
 	t.peers[p.slot] = p
+	t.enter(p)
 	if h.seed {
 		t.seeds = append(t.seeds, p)
 	}
@@ -89,25 +94,12 @@ func (t *task) add(h *host) *peer {
 
 // remove takes out a peer that has no piece and no transfer.
 func (t *task) remove(p *peer) {
+	t.quit(p)
 	t.room.remove(p.slot)
 	t.hungry.remove(p.slot)
 	t.peers[p.slot] = nil
 	t.slots = append(t.slots, p.slot)
 	t.seeds = without(t.seeds, p)
-}
-
-func (t *task) addCopy(i int) {
-	if t.copies[i]++; t.copies[i] == 1 {
-		t.copied.set(i)
-	}
-}
-
-// dropCopy tells whether it was the last.
-func (t *task) dropCopy(i int) bool {
-	if t.copies[i]--; t.copies[i] == 0 {
-		t.copied.clear(i)
-	}
-	return t.copies[i] == 0
 }
 
 // take notes that p has piece i, which it had not.
@@ -118,12 +110,18 @@ func (p *peer) take(i int) {
 		p.need.clear(i)
 		p.needs--
 	}
-	if t := p.task; !p.host.seed {
+	t := p.task
+	if !p.host.seed {
 		t.holders[i].set(p.slot)
-		if t.holds[i]++; t.holds[i] == 1 {
-			t.held.set(i)
+		p.addCopy(i)
+		t.all.addHolder(i)
+	}
+	if z := p.zone; z.link != nil {
+		if p.host.seed {
+			t.bar(z, i)
+		} else {
+			z.addHolder(i)
 		}
-		t.addCopy(i)
 	}
 }
 
@@ -131,12 +129,18 @@ func (p *peer) take(i int) {
 func (p *peer) lose(i int) (last bool) {
 	p.have.clear(i)
 	p.has--
-	if t := p.task; !p.host.seed {
+	t := p.task
+	if !p.host.seed {
 		t.holders[i].clear(p.slot)
-		if t.holds[i]--; t.holds[i] == 0 {
-			t.held.clear(i)
+		last = p.dropCopy(i)
+		t.all.dropHolder(i)
+	}
+	if z := p.zone; z.link != nil {
+		if p.host.seed {
+			t.bar(z, i)
+		} else {
+			z.dropHolder(i)
 		}
-		last = t.dropCopy(i)
 	}
 	p.reopen(i)
 	return last

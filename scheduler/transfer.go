@@ -26,6 +26,7 @@ type transfer struct {
 	next          *transfer     // the one that waits for its lanes
 	thinUp        bool          // the child takes a fraction of what the parent's lane gives,
 	thinDown      bool          // or the parent gives a fraction of what the child's takes
+	link          *link         // that it crosses, where the rule is for it
 	late          bool          // it lags: it holds no upload lane, its pieces are no copies
 	reopened      bool          // it is late and its pieces may be had from a second parent
 }
@@ -47,7 +48,7 @@ func (s *Scheduler) find(id TransferID) *transfer {
 // the transfer before, on its lanes. The child needs all of it and the parent
 // has all of it.
 func (s *Scheduler) assign(child, parent *peer, first, count int, before *transfer) {
-	c, p, t := child.host, parent.host, child.task
+	c, p := child.host, parent.host
 	tr := s.newTransfer()
 	*tr = transfer{
 		id: tr.id, child: child, parent: parent, first: first, count: count,
@@ -55,9 +56,12 @@ func (s *Scheduler) assign(child, parent *peer, first, count int, before *transf
 	}
 	for i := first; i < first+count; i++ {
 		child.need.clear(i)
-		t.addCopy(i)
+		child.addCopy(i)
 	}
 	child.needs -= count
+	if crosses(child, parent) {
+		tr.link = child.zone.link
+	}
 	c.downs = append(c.downs, tr)
 	p.ups = append(p.ups, tr)
 	if before != nil {
@@ -77,6 +81,9 @@ func (tr *transfer) occupy() {
 	c, p := tr.child.host, tr.parent.host
 	c.in++
 	p.out++
+	if tr.link != nil {
+		tr.link.flows++
+	}
 	if tr.thinUp {
 		p.thinOut++
 	}
@@ -90,6 +97,9 @@ func (tr *transfer) vacate(up, down bool) {
 	c, p := tr.child.host, tr.parent.host
 	if up {
 		p.out--
+		if tr.link != nil {
+			tr.link.flows--
+		}
 		if tr.thinUp {
 			p.thinOut--
 		}
@@ -106,6 +116,7 @@ func (s *Scheduler) decide(k Kind, tr *transfer, after TransferID) {
 	s.decisions = append(s.decisions, Decision{
 		Kind: k, Transfer: tr.id, Task: tr.child.task.id, After: after,
 		Host: tr.child.host.id, Parent: tr.parent.host.id, First: tr.first, Count: tr.count,
+		Crosses: tr.child.host.zone != "" && tr.child.host.zone != tr.parent.host.zone,
 	})
 }
 
@@ -128,7 +139,7 @@ func (s *Scheduler) end(tr *transfer) {
 	for left := tr.left; left != 0; left &= left - 1 {
 		i := tr.first + bits.TrailingZeros64(left)
 		if !tr.late {
-			s.dropCopy(tr.child.task, i)
+			s.dropCopy(tr.child, i)
 		}
 		if !tr.reopened {
 			tr.child.reopen(i)
@@ -171,7 +182,7 @@ func (s *Scheduler) yield(tr *transfer) {
 	}
 	tr.late = true
 	for left := tr.left; left != 0; left &= left - 1 {
-		s.dropCopy(tr.child.task, tr.first+bits.TrailingZeros64(left))
+		s.dropCopy(tr.child, tr.first+bits.TrailingZeros64(left))
 	}
 	tr.vacate(true, false)
 	s.queue(tr.parent.host)
