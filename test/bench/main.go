@@ -23,6 +23,10 @@ import (
 // scenarios are what can be measured, in the order it is.
 var scenarios = []scenario{
 	{"flash", "all hosts at once, a cold supernode, equal links: 8, 16, 30 hosts", flash},
+	{"single", "one host pulls a blob that nobody has had: time, first byte, CPU", single},
+	{"layers", "an image of 40 layers of 20 KB: cold, and when the supernode has it", layers},
+	{"small", "a blob of 1 MiB to eight hosts at once", small},
+	{"stored", "a blob of the host's own store, beside nginx with the same file", stored},
 	{"memory", "peak memory with many large blobs at once", memory},
 }
 

@@ -6,18 +6,26 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 
 	"damselfly.dev/test/lab"
 )
 
-// blobsPath is where all blobs of an Nginx are.
-const blobsPath = "/v2/bench/blobs/blobs/"
+const (
+	// ManifestType is that of all manifests of an Nginx.
+	ManifestType = "application/vnd.oci.image.manifest.v1+json"
+
+	// repoPath is the only repository of an Nginx, blobsPath where all its blobs are.
+	repoPath  = "/v2/bench/blobs/"
+	blobsPath = repoPath + "blobs/"
+)
 
 // An Nginx is the cheapest registry there is: nginx, its blobs files that it
 // answers with sendfile.
@@ -40,9 +48,15 @@ events { worker_connections 4096; }
 http {
   access_log %[1]s/access.log combined; sendfile on; tcp_nopush on; keepalive_requests 1000000;
   client_body_temp_path %[1]s/t1; proxy_temp_path %[1]s/t2; fastcgi_temp_path %[1]s/t3; uwsgi_temp_path %[1]s/t4; scgi_temp_path %[1]s/t5;
-  server { listen %[2]s; root %[1]s/root; location = /v2/ { return 200 "{}"; } }
+  server {
+    listen %[2]s; root %[1]s/root;
+    location = /v2/ { return 200 "{}"; }
+    location ~ /manifests/(sha256:|of-)([0-9a-f]+)$ {
+      types { } default_type %[3]s; add_header Docker-Content-Digest sha256:$2; try_files %[4]ssha256:$2 =404;
+    }
+  }
 }
-`, dir, at)
+`, dir, at, ManifestType, blobsPath)
 	config := filepath.Join(dir, "nginx.conf")
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return nil, fmt.Errorf("write nginx's configuration: %w", err)
@@ -76,9 +90,22 @@ func (n *Nginx) Add(r io.Reader) (digest string, err error) {
 	return digest, os.Rename(file.Name(), filepath.Join(n.blobs, digest))
 }
 
+// Link makes a file, of the same file system, a blob.
+func (n *Nginx) Link(path, digest string) error {
+	return errors.Join(os.Chmod(path, 0o644), os.Link(path, filepath.Join(n.blobs, digest)))
+}
+
 // Remove takes a blob away.
 func (n *Nginx) Remove(digest string) error { return os.Remove(filepath.Join(n.blobs, digest)) }
 
 // BlobPath is the path of a blob's URL, at the registry and at a mirror that
 // takes it for the namespace RegistryName.
 func BlobPath(digest string) string { return blobsPath + digest }
+
+// ManifestPath is the path of a blob that is a manifest, when it is asked for as one.
+func ManifestPath(digest string) string { return repoPath + "manifests/" + digest }
+
+// TagPath is ManifestPath by a tag.
+func TagPath(digest string) string {
+	return repoPath + "manifests/of-" + strings.TrimPrefix(digest, "sha256:")
+}
