@@ -28,6 +28,9 @@ type Config struct {
 	Quota int64
 	// Zone and Rack say where it stands; hosts near by are preferred.
 	Zone, Rack string
+	// CrossOnce has each piece come into a zone once, and spread from host to
+	// host there. For links between zones that are thin or paid for.
+	CrossOnce bool
 	// UpLanes is how many transfers share its upload bandwidth. More serve more
 	// hosts at a time, each more slowly; few spread fresh pieces sooner.
 	UpLanes int

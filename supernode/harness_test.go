@@ -257,6 +257,12 @@ type hostTask struct {
 
 func dial(t *testing.T, r *testRegion, name string) *host {
 	t.Helper()
+	return dialFrom(t, r, name, "")
+}
+
+// dialFrom is dial for a host in a zone.
+func dialFrom(t *testing.T, r *testRegion, name, zone string) *host {
+	t.Helper()
 	conn, err := api.Dial(t.Context(), http.DefaultClient, r.url)
 	require.NoError(t, err)
 	h := &host{
@@ -265,7 +271,7 @@ func dial(t *testing.T, r *testRegion, name string) *host {
 		tasks: map[int32]*hostTask{}, byID: map[string]*hostTask{},
 		refused: map[uint64]api.Refused{}, granted: map[uint64]api.Task{}, blame: map[string]string{},
 	}
-	hello := api.Hello{Version: api.Version, Host: name, Up: 2, Down: 2}
+	hello := api.Hello{Version: api.Version, Host: name, Zone: zone, Up: 2, Down: 2}
 	h.peer = httptest.NewServer(http.HandlerFunc(h.serve))
 	t.Cleanup(h.peer.Close)
 	hello.Addr = h.peer.Listener.Addr().String()

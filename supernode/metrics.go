@@ -22,6 +22,7 @@ type metrics struct {
 	originBytes    prometheus.Counter
 	uniqueBytes    prometheus.Counter
 	sentBytes      prometheus.Counter
+	crossingBytes  prometheus.Counter
 	fetches        prometheus.Gauge
 	hosts, tasks   prometheus.Gauge
 	transfers      *prometheus.CounterVec
@@ -40,6 +41,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		originBytes:    counter("damselfly_origin_bytes_total", "Bytes of manifests and blobs read from origins."),
 		uniqueBytes:    counter("damselfly_unique_bytes_total", "Bytes of contents that were brought from an origin, each content once."),
 		sentBytes:      counter("damselfly_sent_bytes_total", "Bytes of content sent to hosts and clients."),
+		crossingBytes:  counter("damselfly_zone_crossing_bytes_total", "Bytes of pieces that hosts got from outside of their zone."),
 		fetches:        gauge("damselfly_origin_fetches_in_flight", "Fetches from origins under way."),
 		hosts:          gauge("damselfly_hosts", "Hosts with a session."),
 		tasks:          gauge("damselfly_tasks", "Tasks being distributed."),
@@ -61,7 +63,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, read)
 	}
 	for _, c := range []prometheus.Collector{
-		m.originBytes, m.uniqueBytes, m.sentBytes, m.fetches, m.hosts, m.tasks, m.transfers, m.verifyFailures, m.staleTags,
+		m.originBytes, m.uniqueBytes, m.sentBytes, m.crossingBytes, m.fetches, m.hosts, m.tasks, m.transfers, m.verifyFailures, m.staleTags,
 		usage("damselfly_cache_bytes", "Bytes reserved by the contents kept.", func(u pieces.Usage) int64 { return u.Reserved }),
 		usage("damselfly_cache_limit_bytes", "Most bytes of content kept, 0 for no bound.", func(u pieces.Usage) int64 { return u.Quota }),
 		usage("damselfly_cache_evictions_total", "Contents evicted to make room.", func(u pieces.Usage) int64 { return int64(u.Evicted) }),

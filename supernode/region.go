@@ -73,14 +73,17 @@ type transfer struct {
 	task         *task
 	first, count int
 	left         uint64 // pieces that have not come, by bit
+	crosses      bool   // into the host's zone
 }
 
 func newRegion(cfg Config, log *zap.Logger, m *metrics) *region {
+	policy := scheduler.DefaultConfig()
+	policy.CrossOnce = cfg.CrossOnce
 	return &region{
 		cfg: cfg, log: log, metrics: m,
 		events: make(chan func(), 1024),
 		ended:  make(chan struct{}),
-		sched:  scheduler.New(scheduler.DefaultConfig(), rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))), //nolint:gosec // no secret: it breaks ties
+		sched:  scheduler.New(policy, rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))), //nolint:gosec // no secret: it breaks ties
 		names:  map[string]*session{},
 		hosts:  map[scheduler.HostID]*session{},
 		tasks:  map[pieces.TaskID]*task{},
@@ -161,7 +164,7 @@ func (r *region) decide() {
 		if t == nil {
 			continue
 		}
-		host.transfers[d.Transfer] = &transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1}
+		host.transfers[d.Transfer] = &transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
 		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count, After: uint64(d.After)}
 		if d.Parent != seed {
 			a.Parent = r.hosts[d.Parent].addr
@@ -294,6 +297,9 @@ func (r *region) done(now time.Time, s *session, id scheduler.TransferID, piece 
 	}
 	if h := s.holds[tr.task.id]; h != nil && h.layout == tr.task.layout {
 		h.have.Add(piece)
+	}
+	if bit := uint64(1) << (piece - tr.first); tr.crosses && tr.left&bit != 0 {
+		r.metrics.crossingBytes.Add(float64(tr.task.layout.Size(piece)))
 	}
 	if tr.left &^= 1 << (piece - tr.first); tr.left == 0 {
 		delete(s.transfers, id)

@@ -39,6 +39,26 @@ func TestHostsServeEachOther(t *testing.T) {
 	require.Equal(t, 1, r.metric("damselfly_tasks"))
 }
 
+func TestPieceCrossesIntoAZoneOnce(t *testing.T) {
+	h := newHub(t)
+	b := newBytes(16 << 20)
+	d := h.blob(t, b)
+	r := start(t, h, t.TempDir(), func(c *Config) { c.Zone, c.CrossOnce = "near", true })
+	var hosts []*host
+	for i, zone := range []string{"near", "far", "near", "far", "far"} {
+		hosts = append(hosts, dialFrom(t, r, fmt.Sprint("h", i), zone))
+	}
+	for _, host := range hosts {
+		_, no := host.join(d, from(""))
+		require.Nil(t, no)
+	}
+	for _, host := range hosts {
+		require.Equal(t, hexOf(b), hexOf(host.content(d)))
+	}
+	require.Eventually(t, func() bool { return r.metric("damselfly_zone_crossing_bytes_total") >= len(b) }, wait, poll)
+	require.Less(t, r.metric("damselfly_zone_crossing_bytes_total"), len(b)*11/10)
+}
+
 func TestTransfersOfADeadHostAreGivenToOthers(t *testing.T) {
 	h := newHub(t)
 	b := newBytes(8 << 20)

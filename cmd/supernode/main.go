@@ -40,6 +40,8 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.Var(cli.Size(&c.Quota), "quota", "most content kept, 0 for no bound; more saves fetches from registries")
 	fs.StringVar(&c.Zone, "zone", c.Zone, "where it stands, as the hosts name theirs")
 	fs.StringVar(&c.Rack, "rack", c.Rack, "where in the zone it stands")
+	fs.BoolVar(&c.CrossOnce, "cross-once", c.CrossOnce,
+		"bring each piece into a zone once, for it to spread there: for thin or paid links between zones")
 	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to hosts at once: more serve more hosts, each more slowly")
 	fs.IntVar(&c.MaxHosts, "max-hosts", c.MaxHosts, "most hosts with a session; more take more memory")
 	fs.DurationVar(&c.TagFreshness, "tag-freshness", c.TagFreshness,
