@@ -176,7 +176,11 @@ func TestLateHosts(t *testing.T) {
 	r := run(t, s)
 	expect(t, "stretch of late hosts", stretch(s, r, nil), 1, 1.15)
 	expect(t, "seed copies", seedCopies(s, r), 1, 1.15)
-	s = crowd(16, each(func(i int, h *Host) { h.Arrives = min(time.Duration(i), 1) * 20 * time.Second }))
+	s = crowd(16, each(func(i int, h *Host) {
+		if i > 0 {
+			h.Arrives = 20 * time.Second
+		}
+	}))
 	r = run(t, s)
 	expect(t, "stretch after the first host", stretch(s, r, nil), 1, 1.15)
 	expect(t, "seed copies", seedCopies(s, r), 1, 1.15)

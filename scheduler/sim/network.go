@@ -46,7 +46,6 @@ type network struct {
 	received int64 // bytes by all hosts
 	second   int   // the present one,
 	assigned int   // and what was assigned in it
-	err      error
 	result   Result
 }
 
@@ -118,7 +117,7 @@ func newNetwork(s Scenario) *network {
 	n.result.Bound, n.result.Limit = s.bound()
 	n.sched.TaskAdd(n.time(), task, s.Layout)
 	for _, h := range s.Seeds {
-		h.Seed, h.Host.Down = true, 0
+		h.Seed = true
 		node := n.add(h, &HostResult{})
 		n.tell(func(now time.Time) { n.sched.Join(now, node.id, task, node.have) })
 	}
