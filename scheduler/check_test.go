@@ -215,8 +215,11 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 }
 
 func checkHost(h *host) error {
-	in, thin, ahead := 0, 0, 0
+	in, thin, ahead, reopened := 0, 0, 0, 0
 	for _, tr := range h.downs {
+		if tr.reopened {
+			reopened++
+		}
 		switch {
 		case tr.before != nil:
 			ahead++
@@ -226,6 +229,9 @@ func checkHost(h *host) error {
 				thin++
 			}
 		}
+	}
+	if reopened != h.reopened {
+		return fmt.Errorf("%d downloads reopened, counted %d", reopened, h.reopened)
 	}
 	if in != h.in || thin != h.thinIn || ahead > in {
 		return fmt.Errorf("%d download lanes in use, %d thinly, and %d ahead, counted %d and %d", in, thin, ahead, h.in, h.thinIn)
@@ -259,7 +265,7 @@ func checkHost(h *host) error {
 }
 
 func checkLinks(s *Scheduler) error {
-	hosts, flows := map[*link]int{}, map[*link]int{}
+	hosts, in, out := map[*link]int{}, map[*link]int{}, map[*link]int{}
 	for _, h := range s.list {
 		if h.link != nil {
 			hosts[h.link]++
@@ -267,12 +273,13 @@ func checkLinks(s *Scheduler) error {
 	}
 	for _, tr := range s.transfers {
 		if tr.link != nil && tr.before == nil {
-			flows[tr.link]++
+			in[tr.link]++
+			out[tr.parent.host.link]++
 		}
 	}
 	for name, l := range s.links {
-		if l.name != name || l.hosts != hosts[l] || l.hosts == 0 || l.flows != flows[l] || l.window < minCrossings {
-			return fmt.Errorf("link %+v, counted %d hosts and %d flows", *l, hosts[l], flows[l])
+		if l.name != name || l.hosts != hosts[l] || l.hosts == 0 || l.in.flows != in[l] || l.out.flows != out[l] || min(l.in.window, l.out.window) < minCrossings {
+			return fmt.Errorf("link %+v, counted %d hosts, %d flows in and %d out", *l, hosts[l], in[l], out[l])
 		}
 	}
 	if len(hosts) != len(s.links) {

@@ -23,7 +23,7 @@ func (s *Scheduler) HostUp(now time.Time, id HostID, spec Host) {
 	if s.cfg.CrossOnce && spec.Zone != "" {
 		h.link = s.links[spec.Zone]
 		if h.link == nil {
-			h.link = &link{name: spec.Zone, window: minCrossings}
+			h.link = &link{name: spec.Zone, in: gate{window: minCrossings}, out: gate{window: minCrossings}}
 			s.links[spec.Zone] = h.link
 		}
 		h.link.hosts++

@@ -19,6 +19,7 @@ type host struct {
 	downs           []*transfer // what it gets, in the order it was told
 	out             int         // of ups, those that hold an upload lane
 	in              int         // of downs, those that hold a download lane
+	reopened        int         // of downs, those that others are to bring as well
 	thinOut, thinIn int         // of out and in, those that leave most of their lane free
 
 	peers   map[TaskID]*peer

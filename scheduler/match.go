@@ -147,7 +147,7 @@ func (s *Scheduler) lookAhead(tr *transfer) {
 // nextFor returns the piece for c to get from p ahead, or -1. A seed sends
 // ahead only what it has sent to nobody.
 func (s *Scheduler) nextFor(c, p *peer) int {
-	if crosses(c, p) && c.zone.link.flows > c.zone.link.window {
+	if crosses(c, p) && !s.goesOn(c, p) {
 		return -1
 	}
 	if p.host.seed {
@@ -157,6 +157,12 @@ func (s *Scheduler) nextFor(c, p *peer) int {
 		return -1
 	}
 	return s.pieceFor(c, p)
+}
+
+// goesOn tells whether c may go on getting from p what crosses.
+func (s *Scheduler) goesOn(c, p *peer) bool {
+	in, out := &c.zone.link.in, p.host.link
+	return in.flows <= in.window && (out == nil || out.out.flows <= out.out.window)
 }
 
 // prior tells whether p's next free lane is for other before it is for c, who

@@ -25,9 +25,12 @@ func (s *Scheduler) childFor(p *peer) *peer {
 		}
 	}
 	for range t.zones {
+		if !p.host.mayLeave() {
+			break
+		}
 		t.turn++
 		z := t.zones[t.turn%len(t.zones)]
-		if z != p.zone && z.link.flows < z.link.window && firstOnly(p.have, z.barred, 0) >= 0 {
+		if z != p.zone && z.link.in.open() && firstOnly(p.have, z.barred, 0) >= 0 {
 			if c := s.childIn(z, p); c != nil {
 				return c
 			}
@@ -110,7 +113,7 @@ func (s *Scheduler) parentFor(c *peer, i int, z *zone) *peer {
 		}
 		p := t.peers[at]
 		at++
-		if !s.hasRoom(p) || s.shuns(c.host, p.host) {
+		if !s.hasRoom(p) || s.shuns(c.host, p.host) || crosses(c, p) && !p.host.mayLeave() {
 			continue
 		}
 		if r := s.parentRank(p.host, c.host); best == nil || r > rank {
@@ -216,7 +219,7 @@ func (s *Scheduler) feedAcross(c *peer) bool {
 // feedFresh has a seed send c a piece of which there is no copy.
 func (s *Scheduler) feedFresh(c *peer) bool {
 	for _, p := range c.task.seeds {
-		if i := s.freshFor(c, p); i >= 0 && s.seedSends(p, c) && (!crosses(c, p) || s.mayCross(c)) {
+		if i := s.freshFor(c, p); i >= 0 && s.seedSends(p, c) && (!crosses(c, p) || s.mayCross(c) && p.host.mayLeave()) {
 			s.assignRun(c, p, i, nil)
 			return true
 		}
@@ -302,7 +305,7 @@ func (s *Scheduler) feedAgain(c *peer) bool {
 	t := c.task
 	for _, p := range t.seeds {
 		idle := p.host.out == 0 && c.host.in == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
-		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || crosses(c, p) && !s.mayCross(c) {
+		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || crosses(c, p) && !(s.mayCross(c) && p.host.mayLeave()) {
 			s.offer(p)
 			continue
 		}
@@ -321,7 +324,11 @@ func (s *Scheduler) pieceFor(c, p *peer) int {
 	if i := c.wanted(p.have, c.wantFirst); i >= 0 && (no == nil || !no.has(i)) {
 		return i
 	}
-	s.draw(c.need, p.have, no, c.zone.copies)
+	copies := c.zone.copies
+	if no != nil {
+		copies = c.task.all.copies
+	}
+	s.draw(c.need, p.have, no, copies)
 	return s.sample[0].piece
 }
 

@@ -39,7 +39,7 @@ func (s *Scheduler) measure(tr *transfer, piece int) {
 	switch {
 	case tr.before != nil || size < pieces.MinPieceSize || took <= 0:
 	case tr.link != nil:
-		s.crossed(tr.link, took, size) // it says nothing of the hosts
+		s.crossed(tr, took, size) // it says nothing of the hosts
 	default:
 		tr.child.host.recvRate.note(took, size)
 		tr.parent.host.sendRate.note(took, size)

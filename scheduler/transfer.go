@@ -82,7 +82,7 @@ func (tr *transfer) occupy() {
 	c.in++
 	p.out++
 	if tr.link != nil {
-		tr.link.flows++
+		tr.cross(1)
 	}
 	if tr.thinUp {
 		p.thinOut++
@@ -92,13 +92,21 @@ func (tr *transfer) occupy() {
 	}
 }
 
+// cross counts tr, or no longer, at the gates it goes through.
+func (tr *transfer) cross(n int) {
+	tr.link.in.flows += n
+	if l := tr.parent.host.link; l != nil {
+		l.out.flows += n
+	}
+}
+
 // vacate gives up the lane of either end, or both.
 func (tr *transfer) vacate(up, down bool) {
 	c, p := tr.child.host, tr.parent.host
 	if up {
 		p.out--
 		if tr.link != nil {
-			tr.link.flows--
+			tr.cross(-1)
 		}
 		if tr.thinUp {
 			p.thinOut--
@@ -146,6 +154,9 @@ func (s *Scheduler) end(tr *transfer) {
 		}
 	}
 	c.downs = without(c.downs, tr)
+	if tr.reopened {
+		c.reopened--
+	}
 	j, last := slices.Index(p.ups, tr), len(p.ups)-1
 	p.ups[j], p.ups[last] = p.ups[last], nil
 	p.ups = p.ups[:last]
@@ -205,6 +216,7 @@ func (s *Scheduler) second(tr *transfer) {
 		return
 	}
 	tr.reopened = true
+	tr.child.host.reopened++
 	for left := tr.left; left != 0; left &= left - 1 {
 		tr.child.reopen(tr.first + bits.TrailingZeros64(left))
 	}

@@ -25,8 +25,14 @@ type shun struct {
 	until  time.Duration
 }
 
-// shuns tells whether child is to stay off parent now.
+// shuns tells whether child is to stay off parent now: also as long as others
+// are to bring it what comes too late from that parent.
 func (s *Scheduler) shuns(child, parent *host) bool {
+	for i := 0; i < len(child.downs) && child.reopened > 0; i++ {
+		if tr := child.downs[i]; tr.reopened && tr.parent.host == parent {
+			return true
+		}
+	}
 	for i := range child.shunned {
 		if child.shunned[i].parent == parent && s.now < child.shunned[i].until {
 			return true

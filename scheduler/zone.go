@@ -31,15 +31,19 @@ type zone struct {
 	barred bitset
 }
 
-// A link leads into a zone, for all tasks.
+// A link joins a zone to the others, for all tasks.
 type link struct {
-	name   string
-	hosts  int           // of the zone
-	flows  int           // transfers that cross it now
-	window int           // how many may
-	pace   rate          // at which a piece crosses; 0 is not known yet
-	came   time.Duration // when a piece last did
+	name    string
+	hosts   int // of the zone
+	in, out gate
+	pace    rate          // at which a piece comes in; 0 is not known yet
+	came    time.Duration // when one last did
 }
+
+// A gate is how many transfers cross a link one way, and how many may.
+type gate struct{ flows, window int }
+
+func (g *gate) open() bool { return g.flows < g.window }
 
 func newZone(n, words int, l *link) *zone {
 	z := &zone{
@@ -156,9 +160,12 @@ func barred(c, p *peer) bitset {
 // long, and others would not.
 func (s *Scheduler) mayCross(c *peer) bool {
 	z := c.zone
-	return z.link.flows < z.link.window && (c.host.in == 0 || !s.slow(c.host.recvRate)) &&
+	return z.link.in.open() && (c.host.in == 0 || !s.slow(c.host.recvRate)) &&
 		(c.host.up > 0 || z.openers == 0 || s.starves(c) && s.now-z.link.came > stuckAfter)
 }
+
+// mayLeave tells whether one transfer more may leave h's zone.
+func (h *host) mayLeave() bool { return h.link == nil || h.link.out.open() }
 
 // starves tells whether nothing has come to c for long, and nothing is to come.
 func (s *Scheduler) starves(c *peer) bool {
@@ -197,17 +204,25 @@ func (s *Scheduler) stuck(c *peer, i int) bool {
 	return c.zone.served[i] == holders
 }
 
-// crossed learns from a piece that took so long to cross. As many are to cross
-// side by side as find the link no narrower than a lane.
-func (s *Scheduler) crossed(l *link, took time.Duration, bytes int64) {
+// crossed learns from a piece that tr took so long to bring across.
+func (s *Scheduler) crossed(tr *transfer, took time.Duration, bytes int64) {
+	l, lane := tr.link, s.typical.of(bytes)
 	l.came = s.now
 	l.slowed(took, bytes)
-	switch lane := s.typical.of(bytes); {
-	case lane == 0:
-	case took <= lane*3/2:
-		l.window = min(l.window+1, max(l.flows+1, minCrossings))
+	l.in.learn(took, lane)
+	if l := tr.parent.host.link; l != nil {
+		l.out.learn(took, lane)
+	}
+}
+
+// learn opens the gate for as many transfers side by side as find the link no
+// narrower than a lane.
+func (g *gate) learn(took, lane time.Duration) {
+	switch {
+	case took <= lane*3/2 || lane == 0:
+		g.window = max(g.window, min(g.flows+1, g.window+1))
 	case took > 3*lane:
-		l.window = max(l.window-1, minCrossings)
+		g.window = max(g.window-1, minCrossings)
 	}
 }
 
@@ -228,7 +243,11 @@ func (l *link) slowed(took time.Duration, bytes int64) {
 // piece never cross together. The next is given more time.
 func (s *Scheduler) abandon(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
-	tr.link.slowed(s.now-tr.since, tr.child.task.layout.PieceSize)
+	l, seen := tr.link, rate(s.now-tr.since)/rate(tr.child.task.layout.PieceSize)
+	if l.pace == 0 {
+		l.pace = seen
+	}
+	l.pace += (seen - l.pace) / 8
 	if tr.next != nil {
 		s.cancel(tr.next)
 	}
