@@ -25,7 +25,7 @@ type metrics struct {
 	crossingBytes  prometheus.Counter
 	fetches        prometheus.Gauge
 	hosts, tasks   prometheus.Gauge
-	transfers      *prometheus.CounterVec
+	transfers      map[string]prometheus.Counter // by result
 	verifyFailures prometheus.Counter
 	staleTags      prometheus.Counter
 }
@@ -47,13 +47,14 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		tasks:          gauge("damselfly_tasks", "Tasks being distributed."),
 		verifyFailures: counter("damselfly_verify_failures_total", "Pieces and contents whose bytes were found wrong."),
 		staleTags:      counter("damselfly_stale_answers_total", "Manifests served as last known, with the registry out of reach."),
-		transfers: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "damselfly_transfers_total",
-			Help: "Transfers assigned that have ended, by how.",
-		}, []string{"result"}),
+		transfers:      map[string]prometheus.Counter{},
 	}
+	transfers := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "damselfly_transfers_total",
+		Help: "Transfers assigned that have ended, by how.",
+	}, []string{"result"})
 	for _, r := range []string{resultOK, resultBusy, resultGone, resultCorrupt, resultLocal, resultCancelled} {
-		m.transfers.WithLabelValues(r)
+		m.transfers[r] = transfers.WithLabelValues(r)
 	}
 	usage := func(name, help string, value func(pieces.Usage) int64) prometheus.Collector {
 		read := func() float64 { return float64(value(store.Usage())) }
@@ -63,7 +64,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, read)
 	}
 	for _, c := range []prometheus.Collector{
-		m.originBytes, m.uniqueBytes, m.sentBytes, m.crossingBytes, m.fetches, m.hosts, m.tasks, m.transfers, m.verifyFailures, m.staleTags,
+		m.originBytes, m.uniqueBytes, m.sentBytes, m.crossingBytes, m.fetches, m.hosts, m.tasks, transfers, m.verifyFailures, m.staleTags,
 		usage("damselfly_cache_bytes", "Bytes reserved by the contents kept.", func(u pieces.Usage) int64 { return u.Reserved }),
 		usage("damselfly_cache_limit_bytes", "Most bytes of content kept, 0 for no bound.", func(u pieces.Usage) int64 { return u.Quota }),
 		usage("damselfly_cache_evictions_total", "Contents evicted to make room.", func(u pieces.Usage) int64 { return int64(u.Evicted) }),

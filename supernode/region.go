@@ -128,6 +128,10 @@ func (r *region) run(ctx context.Context) {
 			return
 		case f := <-r.events:
 			f()
+			for range len(r.events) { // what has come meanwhile is decided on together
+				f = <-r.events
+				f()
+			}
 		case now := <-tick.C:
 			if len(r.tasks) == 0 {
 				continue
@@ -155,7 +159,7 @@ func (r *region) decide() {
 		if d.Kind == scheduler.Cancel {
 			if _, ok := host.transfers[d.Transfer]; ok {
 				delete(host.transfers, d.Transfer)
-				r.metrics.transfers.WithLabelValues(resultCancelled).Inc()
+				r.metrics.transfers[resultCancelled].Inc()
 				host.send(message{size: 16, add: func(b *api.Down) { b.Cancel = append(b.Cancel, id) }})
 			}
 			continue
@@ -164,7 +168,7 @@ func (r *region) decide() {
 		if t == nil {
 			continue
 		}
-		host.transfers[d.Transfer] = &transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
+		host.transfers[d.Transfer] = transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
 		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count, After: uint64(d.After)}
 		if d.Parent != seed {
 			a.Parent = r.hosts[d.Parent].addr
@@ -215,7 +219,7 @@ func (r *region) hostDown(s *session) {
 		}
 	}
 	for range s.transfers {
-		r.metrics.transfers.WithLabelValues(resultGone).Inc()
+		r.metrics.transfers[resultGone].Inc()
 	}
 	delete(r.names, s.name)
 	delete(r.hosts, s.id)
@@ -291,8 +295,8 @@ func (s *session) holding(id pieces.TaskID, h *holding) {
 
 // done notes a piece that has come.
 func (r *region) done(now time.Time, s *session, id scheduler.TransferID, piece int) {
-	tr := s.transfers[id]
-	if tr == nil || piece < tr.first || piece >= tr.first+tr.count {
+	tr, ok := s.transfers[id]
+	if !ok || piece < tr.first || piece >= tr.first+tr.count {
 		return
 	}
 	if h := s.holds[tr.task.id]; h != nil && h.layout == tr.task.layout {
@@ -303,7 +307,9 @@ func (r *region) done(now time.Time, s *session, id scheduler.TransferID, piece 
 	}
 	if tr.left &^= 1 << (piece - tr.first); tr.left == 0 {
 		delete(s.transfers, id)
-		r.metrics.transfers.WithLabelValues(resultOK).Inc()
+		r.metrics.transfers[resultOK].Inc()
+	} else {
+		s.transfers[id] = tr
 	}
 	r.sched.Done(now, s.id, id, piece)
 }
@@ -321,12 +327,12 @@ var failures = map[api.Failure]struct {
 
 func (r *region) failed(now time.Time, s *session, f api.Failed) {
 	id := scheduler.TransferID(f.Transfer)
-	why, ok := failures[f.Why]
-	if tr := s.transfers[id]; tr == nil || !ok {
+	why, known := failures[f.Why]
+	if _, ok := s.transfers[id]; !ok || !known {
 		return
 	}
 	delete(s.transfers, id)
-	r.metrics.transfers.WithLabelValues(why.result).Inc()
+	r.metrics.transfers[why.result].Inc()
 	if f.Why == api.Corrupt {
 		r.metrics.verifyFailures.Inc()
 	}
@@ -410,7 +416,7 @@ func (r *region) deactivate(t *task) {
 	r.sched.TaskRemove(time.Now(), t.num)
 	r.decide() // cancels what is under way, while the task is known
 	for _, m := range t.members {
-		maps.DeleteFunc(m.transfers, func(_ scheduler.TransferID, tr *transfer) bool { return tr.task == t })
+		maps.DeleteFunc(m.transfers, func(_ scheduler.TransferID, tr transfer) bool { return tr.task == t })
 	}
 	t.content.Release()
 	delete(r.tasks, t.id)

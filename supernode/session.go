@@ -22,10 +22,11 @@ import (
 
 const (
 	helloTimeout = 5 * time.Second
-	writeTimeout = 10 * time.Second // for one frame
+	writeTimeout = 10 * time.Second // for the welcome
 	joinTimeout  = time.Minute      // hosts turn elsewhere long before
 	maxJoins     = 256              // joins of a session being answered
 	maxQueued    = 16 << 20         // bytes waiting for a slow reader, roughly
+	maxUsed      = 64               // places in a queue that is used again
 	frameSize    = api.MaxFrame / 2 // where a frame is full; one message is no larger
 
 	// itemsPerSecond and itemsAtOnce bound what a host may say: a piece of
@@ -57,7 +58,7 @@ type session struct {
 	id        scheduler.HostID
 	holds     map[pieces.TaskID]*holding
 	heldBytes int
-	transfers map[scheduler.TransferID]*transfer
+	transfers map[scheduler.TransferID]transfer
 
 	mu     sync.Mutex // guards what follows
 	queue  []message
@@ -89,11 +90,12 @@ func (s *session) send(m message) {
 	}
 }
 
-func (s *session) take() []message {
+// take returns what is queued. used, which is empty, is used for what comes then.
+func (s *session) take(used []message) []message {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	q := s.queue
-	s.queue, s.queued = nil, 0
+	s.queue, s.queued = used, 0
 	return q
 }
 
@@ -113,11 +115,12 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer cancel(nil)
 	defer context.AfterFunc(n.ctx, func() { cancel(context.Cause(n.ctx)) })() // the supernode's own end
+	defer context.AfterFunc(ctx, func() { hangUp(conn, context.Cause(ctx)) })()
 	s := &session{
 		node: n, conn: conn, end: cancel, remote: r.RemoteAddr, since: time.Now(),
 		joins:     make(chan struct{}, maxJoins),
 		holds:     map[pieces.TaskID]*holding{},
-		transfers: map[scheduler.TransferID]*transfer{},
+		transfers: map[scheduler.TransferID]transfer{},
 		wake:      make(chan struct{}, 1),
 	}
 	hello, err := s.hello(ctx)
@@ -137,11 +140,16 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	cancel(s.read(ctx, &wg))
 	n.region.do(func() { n.region.hostDown(s) })
 	n.log.Info("session ends", zap.String("host", s.name), zap.Error(context.Cause(ctx)))
-	if errors.Is(context.Cause(ctx), errReplaced) || errors.Is(context.Cause(ctx), errStopping) {
-		conn.Close(context.Cause(ctx).Error())
+	wg.Wait()
+}
+
+// hangUp closes the connection, which ends reading and writing, and says why
+// where the host would wonder.
+func hangUp(conn *api.Conn[api.Up, api.Down], why error) {
+	if errors.Is(why, errReplaced) || errors.Is(why, errStopping) {
+		conn.Close(why.Error())
 	}
 	conn.CloseNow()
-	wg.Wait()
 }
 
 // hello reads and checks how the host introduces itself.
@@ -189,7 +197,7 @@ func (s *session) welcome(ctx context.Context) error {
 func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 	limit := rate.NewLimiter(itemsPerSecond, itemsAtOnce)
 	for {
-		up, err := s.conn.Read(ctx)
+		up, err := s.conn.Read(context.Background()) // hangUp ends it
 		if err != nil {
 			return err
 		}
@@ -218,14 +226,15 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 
 // write sends what is queued in batches.
 func (s *session) write(ctx context.Context) error {
+	var used []message
 	for {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-s.wake:
 		}
-		q := s.take()
-		for len(q) > 0 {
+		all := s.take(used)
+		for q := all; len(q) > 0; {
 			var b api.Down
 			size := 0
 			for len(q) > 0 && (size == 0 || size+q[0].size <= frameSize) && (!q[0].first || b.Invalidate == nil) {
@@ -234,12 +243,13 @@ func (s *session) write(ctx context.Context) error {
 				q[0] = message{}
 				q = q[1:]
 			}
-			wctx, cancel := context.WithTimeout(ctx, writeTimeout)
-			err := s.conn.Write(wctx, b)
-			cancel()
-			if err != nil {
+			if err := s.conn.Write(context.Background(), b); err != nil { // hangUp ends it
 				return err
 			}
+		}
+		used = nil
+		if cap(all) <= maxUsed {
+			used = all[:0]
 		}
 	}
 }

@@ -88,6 +88,29 @@ func TestKeepAliveNoticesSilence(t *testing.T) {
 	require.ErrorContains(t, c.KeepAlive(ctx), "silent")
 }
 
+func TestKeepAliveForgivesAnEndThatIsTooBusyToRead(t *testing.T) {
+	busy := make(chan error, 1)
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, err := Accept(w, r)
+		if err != nil {
+			busy <- err
+			return
+		}
+		defer c.CloseNow()
+		busy <- c.KeepAlive(r.Context()) // and no Read
+	}))
+	defer srv.Close()
+	c, err := Dial(t.Context(), srv.Client(), srv.URL)
+	require.NoError(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), SilenceLimit+PingEvery)
+	defer cancel()
+	go func() { _, _ = c.Read(context.Background()) }()
+	require.ErrorIs(t, c.KeepAlive(ctx), context.DeadlineExceeded, "the busy end pings")
+	require.Empty(t, busy, "nor does it take this end for dead")
+	c.CloseNow()
+	require.Error(t, <-busy)
+}
+
 func TestOriginIsNeverPrinted(t *testing.T) {
 	o := Origin{URL: "https://example.com/?sig=secret", Header: map[string][]string{"Authorization": {"Basic secret"}}}
 	up := Up{Join: []Join{{Origin: o}}}
