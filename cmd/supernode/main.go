@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
@@ -25,8 +26,9 @@ func main() {
 once, and decides which host gets which piece from whom. Its one listener has
 the hosts' API, /metrics, /healthz, /readyz, and /v2/: a pull-through mirror for
 hosts without a dfdaemon.`,
-		Config: &cfg,
-		Run:    cfg.run,
+		Config:   &cfg,
+		Run:      cfg.run,
+		Commands: []cli.Command{simulateCommand(os.Stdout, os.Stderr)},
 	}.Main()
 }
 

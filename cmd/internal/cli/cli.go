@@ -53,6 +53,8 @@ type Command struct {
 	// Run does the work until it is done or ctx ends by SIGINT or SIGTERM. Its
 	// error is printed and makes the exit code ExitFailure, or that of WithCode.
 	Run func(ctx context.Context, log *zap.Logger, args []string) error
+	// Commands are those under this one. Their variables begin with both names.
+	Commands []Command
 }
 
 const shared = `
@@ -74,32 +76,33 @@ func (c Command) Execute(ctx context.Context, args []string, stdout, stderr io.W
 	defer stop()
 	context.AfterFunc(ctx, stop) // the second signal ends the process at once
 
-	cmd, ran := c.cobra(ctx)
-	cmd.SetArgs(args)
-	cmd.SetOut(stdout)
-	cmd.SetErr(stderr)
-	err := cmd.Execute()
+	ran := new(bool)
+	root := c.cobra(ctx, "", ran)
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	cmd, err := root.ExecuteC()
 	if err == nil {
 		return ExitOK
 	}
-	cmd.PrintErrf("%s: %v\n", cmd.Name(), err)
+	cmd.PrintErrf("%s: %v\n", cmd.CommandPath(), err)
 	if e, ok := errors.AsType[*codeError](err); ok {
 		return e.code
 	}
 	if *ran {
 		return ExitFailure
 	}
-	cmd.PrintErrf("See %s --help.\n", cmd.Name())
+	cmd.PrintErrf("See %s --help.\n", cmd.CommandPath())
 	return ExitUsage
 }
 
-// cobra returns the command, and whether its Run has begun.
-func (c Command) cobra(ctx context.Context) (cmd *cobra.Command, ran *bool) {
+// cobra returns the command, whose variables begin with prefix and its name. It
+// sets ran when Run begins.
+func (c Command) cobra(ctx context.Context, prefix string, ran *bool) *cobra.Command {
 	name, _, _ := strings.Cut(c.Use, " ")
-	env := strings.ToUpper(name)
-	ran = new(bool)
+	env := prefix + strings.ToUpper(name)
 	level := c.Level.String()
-	cmd = &cobra.Command{
+	cmd := &cobra.Command{
 		Use: c.Use, Short: c.Short, Args: c.Args, Version: build(),
 		Long:         strings.TrimSpace(c.Short+"\n\n"+strings.TrimSpace(c.Long)) + "\n" + fmt.Sprintf(shared, env),
 		SilenceUsage: true, SilenceErrors: true,
@@ -127,14 +130,19 @@ func (c Command) cobra(ctx context.Context) (cmd *cobra.Command, ran *bool) {
 	c.Config.Flags(cmd.Flags())
 	cmd.Flags().StringVar(&level, "log-level", level, "what is logged: debug, info, warn or error")
 	cmd.Flags().String(configFlag, "", "YAML `file` of settings")
-	cmd.AddCommand(&cobra.Command{
-		Use: "version", Short: "Print what was built", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), name, build())
-			return err
-		},
-	})
-	return cmd, ran
+	if prefix == "" {
+		cmd.AddCommand(&cobra.Command{
+			Use: "version", Short: "Print what was built", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				_, err := fmt.Fprintln(cmd.OutOrStdout(), name, build())
+				return err
+			},
+		})
+	}
+	for _, sub := range c.Commands {
+		cmd.AddCommand(sub.cobra(ctx, env+"_", ran))
+	}
+	return cmd
 }
 
 func build() string {

@@ -180,3 +180,33 @@ func TestSize(t *testing.T) {
 		require.ErrorContains(t, Size(&n).Set(text), "want bytes", text)
 	}
 }
+
+func TestRate(t *testing.T) {
+	for text, want := range map[string]int64{"0": 0, "100Mbit": 1e8, "10 Gbit": 1e10, "25Gbit": 25e9, "64Kbit": 64e3, "5bit": 5, "1Tbit": 1e12} {
+		var n, again int64
+		require.NoError(t, Rate(&n).Set(text))
+		require.Equal(t, want, n)
+		require.NoError(t, Rate(&again).Set(Rate(&n).String()))
+		require.Equal(t, n, again)
+	}
+	for _, text := range []string{"", "10", "-1Gbit", "1.5Gbit", "Gbit", "10G", "10GB", "9223372036854775807Kbit"} {
+		var n int64
+		require.ErrorContains(t, Rate(&n).Set(text), "want a whole number", text)
+	}
+}
+
+func TestCommandsUnderOne(t *testing.T) {
+	outer, inner := &settings{}, &settings{Name: "default"}
+	var o, e bytes.Buffer
+	c := Command{
+		Use: "tool", Config: outer, Run: func(context.Context, *zap.Logger, []string) error { return errors.New("the wrong one") },
+		Commands: []Command{{Use: "measure", Config: inner, Run: func(context.Context, *zap.Logger, []string) error { return errors.New("broke") }}},
+	}
+	t.Setenv("TOOL_MEASURE_NAME", "variable")
+	require.Equal(t, ExitFailure, c.Execute(t.Context(), []string{"measure", "--size", "1KiB"}, &o, &e))
+	require.Equal(t, "tool measure: broke\n", e.String())
+	require.Equal(t, settings{Name: "variable", Size: 1024}, *inner)
+	e.Reset()
+	require.Equal(t, ExitUsage, c.Execute(t.Context(), []string{"measure", "--up-lanes", "-1"}, &o, &e))
+	require.Contains(t, e.String(), "See tool measure --help.")
+}

@@ -59,3 +59,54 @@ func (s *size) String() string {
 
 // Type is what --help calls the value.
 func (s *size) Type() string { return "size" }
+
+// Rate makes a number of bits per second the value of a flag, which has a unit
+// unless it is 0.
+func Rate(n *int64) pflag.Value { return (*rate)(n) }
+
+type rate int64
+
+// rates from the largest on, so that String finds the shortest form.
+var rates = [...]struct {
+	name string
+	bits int64
+}{
+	{"Tbit", 1e12},
+	{"Gbit", 1e9},
+	{"Mbit", 1e6},
+	{"Kbit", 1e3},
+	{"bit", 1},
+}
+
+// Set reads a rate such as 100Mbit or 10Gbit.
+func (r *rate) Set(text string) error {
+	for _, u := range rates {
+		number, ok := strings.CutSuffix(strings.TrimSpace(text), u.name)
+		if !ok {
+			continue
+		}
+		if n, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64); err == nil && n >= 0 && n <= math.MaxInt64/u.bits {
+			*r = rate(n * u.bits)
+			return nil
+		}
+		break
+	}
+	if text == "0" {
+		*r = 0
+		return nil
+	}
+	return fmt.Errorf("rate %q: want a whole number and Kbit, Mbit, Gbit or Tbit, for so many bits a second", text)
+}
+
+// String returns the rate in the largest unit that it is a multiple of.
+func (r *rate) String() string {
+	for _, u := range rates {
+		if n := int64(*r); n != 0 && n%u.bits == 0 {
+			return strconv.FormatInt(n/u.bits, 10) + u.name
+		}
+	}
+	return "0"
+}
+
+// Type is what --help calls the value.
+func (r *rate) Type() string { return "rate" }
