@@ -366,9 +366,10 @@ func (n *network) stop(f *flow) {
 		f.detach()
 		n.fair(f)
 	}
-	for _, g := range slices.Clone(f.to.flows) {
-		if g.d.After == f.d.Transfer && !g.started && !g.stopped {
+	for i := 0; i < len(f.to.flows); i++ {
+		if g := f.to.flows[i]; g.d.After == f.d.Transfer && !g.started {
 			n.start(g)
+			return // a transfer has but one that waits for it
 		}
 	}
 }

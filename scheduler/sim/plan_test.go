@@ -59,6 +59,20 @@ func TestSVGIsXML(t *testing.T) {
 	}
 }
 
+// What no supernode is known to do is not promised in silence.
+func TestReportWarnsOfManyAssignments(t *testing.T) {
+	p := smallPlan()
+	p.Hosts, p.HostLink, p.SupernodeUp = 300, 10e9, 10e9
+	says := func() string {
+		var b bytes.Buffer
+		require.NoError(t, planned(t, p).Text(&b))
+		return b.String()
+	}
+	require.Contains(t, says(), "see --assignments")
+	p.Assignments = 50000
+	require.NotContains(t, says(), "see --assignments")
+}
+
 // A second supernode helps where the first one's link is the limit, and nowhere else.
 func TestSecondSupernode(t *testing.T) {
 	p := smallPlan()

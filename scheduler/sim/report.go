@@ -71,6 +71,9 @@ func (r Report) Text(w io.Writer) error {
 	line("direct pulls", "%s, at least %s over the registry's link", bytesText(all), timeText(seconds(float64(all)/wire)))
 	line("the supernode sends", "%s, %.2f copies", bytesText(r.SeedBytes), float64(r.SeedBytes)/float64(p.Size))
 	line("it assigns", "%d transfers, %d in the busiest second", r.Assigned, r.Busiest)
+	if p.Assignments == 0 && r.Busiest > capable {
+		line("", "at %d a second that takes it %s: see --assignments", capable, timeText(seconds(float64(r.Assigned)/capable)))
+	}
 	for i := range p.Zones {
 		if z := p.zone(i); z != "" && i < 8 {
 			line("into zone "+z, "%s, %.2f copies", bytesText(r.Into[z]), float64(r.Into[z])/float64(p.Size))
@@ -89,6 +92,10 @@ func (r Report) second() string {
 	}
 	return fmt.Sprintf("brings nothing: last after %s", timeText(r.Second.Last))
 }
+
+// capable is how many transfers a second a supernode on a small machine assigns
+// to real sessions at least.
+const capable = 50_000
 
 const (
 	curveLines = 12
