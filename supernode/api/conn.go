@@ -39,7 +39,7 @@ type Conn[In, Out any] struct {
 	began time.Time
 
 	// In nanoseconds since began.
-	sent    atomic.Int64 // when something was last written
+	sent    atomic.Int64 // when something was last written, or 0
 	writing atomic.Int64 // when the Write under way began; 0 for none
 	heard   atomic.Int64 // when the Read under way began or was last sent a ping or pong; 0 for none
 }
@@ -163,13 +163,16 @@ func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
 		if max(silent, since(now, &c.writing)) >= SilenceLimit {
 			return fmt.Errorf("session silent for %v", SilenceLimit)
 		}
-		next := PingEvery - max(silent, since(now, &c.sent))
+		next := PingEvery - max(silent, time.Duration(now-c.sent.Load()))
 		if next <= 0 {
 			next = PingEvery
-			if err := c.ping(ctx, min(PingEvery, SilenceLimit-silent)); errors.Is(err, net.ErrClosed) {
-				return fmt.Errorf("session closed: %w", err)
-			} else if err != nil {
+			switch err := c.ping(ctx, min(PingEvery, SilenceLimit-silent)); {
+			case ctx.Err() != nil:
+				return context.Cause(ctx)
+			case errors.Is(err, context.DeadlineExceeded):
 				next = 0 // it took its time
+			case err != nil:
+				return fmt.Errorf("ping session: %w", err)
 			}
 		}
 		t.Reset(next)
