@@ -366,11 +366,10 @@ func (n *network) stop(f *flow) {
 		f.detach()
 		n.fair(f)
 	}
-	for i := 0; i < len(f.to.flows); i++ {
-		if g := f.to.flows[i]; g.d.After == f.d.Transfer && !g.started {
-			n.start(g)
-			return // a transfer has but one that waits for it
-		}
+	// A transfer has but one that waits for it.
+	next := func(g *flow) bool { return g.d.After == f.d.Transfer && !g.started }
+	if i := slices.IndexFunc(f.to.flows, next); i >= 0 {
+		n.start(f.to.flows[i])
 	}
 }
 

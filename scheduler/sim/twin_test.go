@@ -68,7 +68,7 @@ func twins() map[string]func() Scenario {
 		return func() Scenario { return crowd(hosts, append([]func(*Scenario){length(64)}, change...)...) }
 	}
 	return map[string]func() Scenario{
-		"equal":         of(30, lanes(4)),
+		"equal":         of(20, lanes(4)),
 		"two lanes":     of(16),
 		"slow requests": of(16, lanes(4), slow),
 		"unequal":       of(15, lanes(4), unequal),
@@ -115,7 +115,7 @@ func TestRatesAreFair(t *testing.T) {
 // The slightest difference makes chance choose otherwise, so it is the mean of
 // some runs that counts, as far as they agree among themselves.
 func TestTwinTakesAsLong(t *testing.T) {
-	const runs = 5
+	const runs = 3
 	for name, scenario := range twins() {
 		t.Run(name, func(t *testing.T) {
 			var ratios []float64
