@@ -172,6 +172,9 @@ func (s *Scheduler) prior(other, c, p *peer, i int) bool {
 	if crosses(c, p) && !crosses(other, p) {
 		return p.host.seed
 	}
+	if its, class := s.class(other.host.recvRate), s.class(c.host.recvRate); p.host.seed && its != class {
+		return its > class
+	}
 	if other.host.in == 0 {
 		return true
 	}

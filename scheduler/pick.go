@@ -78,18 +78,20 @@ func (s *Scheduler) childIn(z *zone, p *peer) *peer {
 }
 
 // childRank is highest for who gets nothing from the parent yet, then for who is
-// not slow, then for who gets nothing at all, then for who is near, and then for
-// who needs most.
+// fast, then for who gets nothing at all, then for who is near, and then for who
+// needs most. With a seed, for who is fast before all else: what it sends to
+// nobody else is soon had from a fast host.
 func (s *Scheduler) childRank(c *peer, parent *host) int {
-	rank := c.needs + near(c.host, parent)*rankUnit
+	class := s.class(c.host.recvRate)
+	rank := c.needs + near(c.host, parent)*rankUnit + class*8*rankUnit
 	if c.host.in == 0 {
 		rank += 4 * rankUnit
 	}
-	if !s.slow(c.host.recvRate) {
-		rank += 8 * rankUnit
-	}
 	if !c.host.gets(parent) {
-		rank += 16 * rankUnit
+		rank += 32 * rankUnit
+	}
+	if parent.seed {
+		rank += class * 64 * rankUnit
 	}
 	return rank
 }
@@ -157,7 +159,7 @@ func (s *Scheduler) feed(c *peer) bool {
 	if c.needs == 0 {
 		return false
 	}
-	slow := s.slow(c.host.recvRate)
+	slow := s.class(c.host.recvRate) < usual
 	return s.feedWanted(c) || !slow && s.feedFirst(c) || s.feedRare(c) || slow && s.feedFirst(c) || s.feedAgain(c)
 }
 
@@ -219,7 +221,7 @@ func (s *Scheduler) feedAcross(c *peer) bool {
 // feedFresh has a seed send c a piece of which there is no copy.
 func (s *Scheduler) feedFresh(c *peer) bool {
 	for _, p := range c.task.seeds {
-		if i := s.freshFor(c, p); i >= 0 && s.seedSends(p, c) && (!crosses(c, p) || s.mayCross(c) && p.host.mayLeave()) {
+		if i := s.freshFor(c, p); i >= 0 && s.seedSends(p, c) && s.mayBring(c, p) {
 			s.assignRun(c, p, i, nil)
 			return true
 		}
@@ -305,7 +307,7 @@ func (s *Scheduler) feedAgain(c *peer) bool {
 	t := c.task
 	for _, p := range t.seeds {
 		idle := p.host.out == 0 && c.host.in == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
-		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || crosses(c, p) && !(s.mayCross(c) && p.host.mayLeave()) {
+		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || !s.mayBring(c, p) {
 			s.offer(p)
 			continue
 		}

@@ -68,6 +68,24 @@ func (s *Scheduler) census() {
 // many times as long as others do.
 func (s *Scheduler) slow(r rate) bool { return s.typical > 0 && r > slowness*s.typical }
 
+// usual is the class of a host about as fast as what is typical, or not known.
+const usual = 2
+
+// class is higher for faster hosts, 0 to 3.
+func (s *Scheduler) class(r rate) int {
+	switch {
+	case r == 0 || s.typical == 0:
+		return usual
+	case 2*r < s.typical:
+		return usual + 1
+	case r <= 2*s.typical:
+		return usual
+	case s.slow(r):
+		return 0
+	}
+	return usual - 1
+}
+
 // pieceTime is how long a piece of c's task should take to come to c.
 func (s *Scheduler) pieceTime(c *peer) time.Duration {
 	return max(s.typical, c.host.recvRate).of(c.task.layout.PieceSize)

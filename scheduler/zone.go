@@ -167,6 +167,11 @@ func (s *Scheduler) mayCross(c *peer) bool {
 // mayLeave tells whether one transfer more may leave h's zone.
 func (h *host) mayLeave() bool { return h.link == nil || h.link.out.open() }
 
+// mayBring tells whether the rule lets c get from p what its zone lacks.
+func (s *Scheduler) mayBring(c, p *peer) bool {
+	return !crosses(c, p) || s.mayCross(c) && p.host.mayLeave()
+}
+
 // starves tells whether nothing has come to c for long, and nothing is to come.
 func (s *Scheduler) starves(c *peer) bool {
 	return c.host.in == 0 && s.now-max(c.host.lastRecv, c.since) > stuckAfter
