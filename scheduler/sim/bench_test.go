@@ -5,10 +5,14 @@ import (
 	"testing"
 )
 
-// BenchmarkCrowd simulates a flash crowd that wants 3 GiB over equal links.
+// BenchmarkCrowd simulates a flash crowd that wants 3 GiB over equal links; the
+// largest takes minutes, and -short leaves it out.
 func BenchmarkCrowd(b *testing.B) {
 	for _, hosts := range []int{100, 1000, 10000} {
 		b.Run(fmt.Sprintf("hosts=%d", hosts), func(b *testing.B) {
+			if testing.Short() && hosts > 1000 {
+				b.Skip("takes minutes")
+			}
 			var r Result
 			for b.Loop() {
 				var err error
