@@ -3,7 +3,6 @@ package api
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -152,10 +151,13 @@ func (c *Conn[In, Out]) ponged(context.Context, []byte) { c.heard.Store(c.now())
 func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
 	t := time.NewTimer(PingEvery)
 	defer t.Stop()
+	broken := make(chan error, 1)
 	for {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
+		case err := <-broken:
+			return fmt.Errorf("ping session: %w", err)
 		case <-t.C:
 		}
 		now := c.now()
@@ -163,17 +165,11 @@ func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
 		if max(silent, since(now, &c.writing)) >= SilenceLimit {
 			return fmt.Errorf("session silent for %v", SilenceLimit)
 		}
-		next := PingEvery - max(silent, time.Duration(now-c.sent.Load()))
+		next := min(PingEvery-max(silent, time.Duration(now-c.sent.Load())), SilenceLimit-silent)
 		if next <= 0 {
-			next = PingEvery
-			switch err := c.ping(ctx, min(PingEvery, SilenceLimit-silent)); {
-			case ctx.Err() != nil:
-				return context.Cause(ctx)
-			case errors.Is(err, context.DeadlineExceeded):
-				next = 0 // it took its time
-			case err != nil:
-				return fmt.Errorf("ping session: %w", err)
-			}
+			next = min(PingEvery, SilenceLimit-silent)
+			c.sent.Store(now)
+			go c.ping(ctx, broken) // its pong may be late, and the next must not wait for that
 		}
 		t.Reset(next)
 	}
@@ -187,12 +183,18 @@ func since(now int64, at *atomic.Int64) time.Duration {
 	return 0
 }
 
-// ping asks for a word, and waits so long for it.
-func (c *Conn[In, Out]) ping(ctx context.Context, limit time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
+// ping asks for a word, and says when it could not. Silence is not for it to judge.
+func (c *Conn[In, Out]) ping(ctx context.Context, broken chan<- error) {
+	ctx, cancel := context.WithTimeout(ctx, SilenceLimit)
 	defer cancel()
-	c.sent.Store(c.now())
-	return c.ws.Ping(ctx)
+	err := c.ws.Ping(ctx)
+	if err == nil || ctx.Err() != nil {
+		return
+	}
+	select {
+	case broken <- err:
+	default:
+	}
 }
 
 // Close ends the session at once, telling the other end why in a short phrase.
