@@ -1,0 +1,332 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
+)
+
+const (
+	wheels  = 4
+	dialing = 64    // sessions opened at once
+	perAddr = 20000 // sessions of one local address, which has ports for more
+)
+
+// swarm is the hosts.
+type swarm struct {
+	cfg    config
+	origin *origin
+	url    string
+	wheels []*wheel
+	hosts  []*host
+	fail   context.CancelCauseFunc
+	group  sync.WaitGroup
+
+	pieceTime atomic.Int64 // how long a lane takes for a piece, in nanoseconds
+	stats     atomic.Pointer[stats]
+}
+
+func newSwarm(c config, o *origin, url string) *swarm {
+	s := &swarm{cfg: c, origin: o, url: url}
+	s.stats.Store(&stats{})
+	for i := range wheels {
+		s.wheels = append(s.wheels, newWheel(uint64(i)))
+	}
+	return s
+}
+
+// setRate makes the hosts' links such that they take so many pieces a second.
+func (s *swarm) setRate(rate float64) {
+	s.pieceTime.Store(int64(float64(s.cfg.sessions*s.cfg.lanes) / rate * float64(time.Second)))
+}
+
+// hello opens a session.
+func hello(ctx context.Context, client *http.Client, url string, h api.Hello) (*api.Conn[api.Down, api.Up], error) {
+	conn, err := api.Dial(ctx, client, url)
+	if err != nil {
+		return nil, err
+	}
+	if err = conn.Write(ctx, api.Up{Hello: &h}); err == nil {
+		_, err = conn.Read(ctx)
+	}
+	if err != nil {
+		conn.CloseNow()
+		return nil, err
+	}
+	return conn, nil
+}
+
+// connect opens all sessions.
+func (s *swarm) connect(ctx context.Context) error {
+	clients := make([]*http.Client, s.cfg.sessions/perAddr+1)
+	for i := range clients {
+		d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i+1))}}
+		clients[i] = &http.Client{Transport: &http.Transport{DialContext: d.DialContext}}
+	}
+	s.hosts = make([]*host, s.cfg.sessions)
+	group, gctx := errgroup.WithContext(ctx)
+	group.SetLimit(dialing)
+	for i := range s.hosts {
+		group.Go(func() error {
+			h := &host{swarm: s, wheel: s.wheels[i%wheels], task: i % len(s.origin.blobs), coming: map[uint64]*transfer{}}
+			conn, err := hello(gctx, clients[i/perAddr], s.url, api.Hello{
+				Version: api.Version, Host: fmt.Sprint("host-", i), Addr: fmt.Sprintf("10.%d.%d.%d:65002", i>>16, i>>8&255, i&255),
+				Up: s.cfg.lanes, Down: s.cfg.lanes,
+			})
+			if err != nil {
+				return fmt.Errorf("session %d: %w", i, err)
+			}
+			h.conn = conn
+			s.hosts[i] = h
+			s.keep(ctx, h)
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// keep follows a session to its end, which must not come before that of ctx.
+func (s *swarm) keep(ctx context.Context, h *host) {
+	s.group.Go(func() {
+		if err := h.conn.KeepAlive(ctx); ctx.Err() == nil {
+			s.fail(err)
+		}
+	})
+	s.group.Go(func() {
+		for {
+			down, err := h.conn.Read(context.Background()) // close ends it
+			if err == nil {
+				err = h.follow(down)
+			}
+			if err != nil {
+				if ctx.Err() == nil {
+					s.fail(fmt.Errorf("a host's session ends: %w", err))
+				}
+				return
+			}
+		}
+	})
+}
+
+// begin has all hosts join within the time to settle.
+func (s *swarm) begin(ctx context.Context) {
+	for i, h := range s.hosts {
+		h.wheel.after(s.cfg.settle*time.Duration(i)/time.Duration(len(s.hosts)), h, nil)
+	}
+	for _, w := range s.wheels {
+		s.group.Go(func() {
+			if err := w.run(ctx); ctx.Err() == nil {
+				s.fail(err)
+			}
+		})
+	}
+}
+
+// close ends all sessions. Their context has ended.
+func (s *swarm) close() {
+	for _, h := range s.hosts {
+		if h != nil {
+			h.conn.CloseNow()
+		}
+	}
+	s.group.Wait()
+}
+
+// stalled returns how many hosts need pieces and were told of none for so long.
+func (s *swarm) stalled(long time.Duration) (n int) {
+	for _, h := range s.hosts {
+		h.mu.Lock()
+		if h.have.Len() < h.have.Cap() && time.Since(h.assigned) > long {
+			n++
+		}
+		h.mu.Unlock()
+	}
+	return n
+}
+
+// flood opens so many sessions more that ask for pieces of nothing without end,
+// as fast as they are read from.
+func (s *swarm) flood(ctx context.Context, n int) error {
+	up := api.Up{Want: make([]api.Want, 4096)}
+	for i := range n {
+		conn, err := hello(ctx, http.DefaultClient, s.url, api.Hello{Version: api.Version, Host: fmt.Sprint("flood-", i)})
+		if err != nil {
+			return err
+		}
+		s.group.Go(func() {
+			defer conn.CloseNow()
+			for conn.Write(ctx, up) == nil { // it may be thrown out
+			}
+		})
+	}
+	return nil
+}
+
+// host is one host's session and what it does.
+type host struct {
+	swarm *swarm
+	wheel *wheel
+	conn  *api.Conn[api.Down, api.Up]
+
+	mu       sync.Mutex // guards what follows
+	task     int        // of the origin's
+	num      int32      // the same, in this session; 0 until the join is answered
+	seq      uint64
+	joined   time.Time // when it asked to
+	have     pieces.Set
+	onTheWay int // pieces
+	coming   map[uint64]*transfer
+	assigned time.Time // when last
+	freed    int       // transfers ended that the supernode is yet to be told of
+	reported []time.Time
+	out      api.Up
+}
+
+// transfer is one Assign to its end.
+type transfer struct {
+	id    uint64
+	piece int // the next
+	left  int
+	next  *transfer // begins when this one ends
+	ended bool
+}
+
+// due acts on what is due: a piece of tr has come.
+func (h *host) due(tr *transfer) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if tr == nil {
+		h.join()
+		return
+	}
+	if tr.ended {
+		return
+	}
+	h.out.Done = append(h.out.Done, api.Done{Transfer: tr.id, Piece: tr.piece})
+	h.have.Add(tr.piece)
+	tr.piece++
+	tr.left--
+	h.onTheWay--
+	if tr.left > 0 {
+		h.run(tr)
+		return
+	}
+	h.end(tr)
+	switch {
+	case h.have.Full():
+		h.leave()
+	case h.have.Len()+h.onTheWay < h.have.Cap():
+		h.freed++
+	}
+}
+
+func (h *host) run(tr *transfer) { h.wheel.after(time.Duration(h.swarm.pieceTime.Load()), h, tr) }
+
+func (h *host) end(tr *transfer) {
+	tr.ended = true
+	h.onTheWay -= tr.left
+	delete(h.coming, tr.id)
+	if tr.next != nil {
+		h.run(tr.next)
+	}
+}
+
+// join asks for the host's task. At the first time the host has some of it
+// already, so that the crowd has no common beginning.
+func (h *host) join() {
+	l := h.swarm.origin.layout
+	id := string(h.swarm.origin.blobs[h.task])
+	h.have, h.joined, h.assigned = pieces.NewSet(l.Count()), time.Now(), time.Now()
+	if h.seq == 0 {
+		share := rand.Float64()
+		for i := range l.Count() - 1 {
+			if rand.Float64() < share {
+				h.have.Add(i)
+			}
+		}
+		h.out.Hold = append(h.out.Hold, api.Hold{Task: id, Layout: l, Have: h.have.Bytes()})
+	}
+	h.seq++
+	h.out.Join = append(h.out.Join, api.Join{
+		Seq: h.seq, Task: id, Origin: api.Origin{Registry: registry, Repository: repository},
+	})
+}
+
+// leave goes on to the next task. What the host has just got it still gives to
+// others, what it got before that no longer.
+func (h *host) leave() {
+	n := len(h.swarm.origin.blobs)
+	h.out.Leave = append(h.out.Leave, api.Leave{Task: string(h.swarm.origin.blobs[(h.task+n-1)%n])})
+	h.task = (h.task + 1) % n
+	h.freed, h.reported = 0, nil
+	h.join()
+}
+
+// flush sends what the host has to say.
+func (h *host) flush() error {
+	h.mu.Lock()
+	up := h.out
+	h.out = api.Up{}
+	now := time.Now()
+	for range h.freed {
+		h.reported = append(h.reported, now)
+	}
+	h.freed = 0
+	h.mu.Unlock()
+	if up.Done == nil && up.Join == nil {
+		return nil
+	}
+	return h.conn.Write(context.Background(), up)
+}
+
+// follow acts on what the supernode says.
+func (h *host) follow(down api.Down) error {
+	stats := h.swarm.stats.Load()
+	now := time.Now()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, t := range down.Task {
+		if t.Seq == h.seq {
+			h.num = t.Num
+			stats.joins.add(now.Sub(h.joined))
+		}
+	}
+	for _, a := range down.Assign {
+		stats.assigned.Add(1)
+		h.assigned = now
+		if len(h.reported) > 0 {
+			stats.answers.add(now.Sub(h.reported[0]))
+			h.reported = h.reported[1:]
+		}
+		tr := &transfer{id: a.Transfer, piece: a.First, left: a.Count}
+		h.coming[tr.id] = tr
+		h.onTheWay += tr.left
+		if before := h.coming[a.After]; before != nil {
+			before.next = tr
+		} else {
+			h.run(tr)
+		}
+	}
+	for _, id := range down.Cancel {
+		if tr := h.coming[id]; tr != nil {
+			h.end(tr)
+		}
+	}
+	if len(down.Refused) > 0 || len(down.Invalidate) > 0 {
+		return errors.New("the supernode refuses a task that it has")
+	}
+	return nil
+}
