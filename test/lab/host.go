@@ -28,6 +28,9 @@ type Host struct {
 // Name is the host's name.
 func (h *Host) Name() string { return h.cfg.Name }
 
+// Zone is the zone the host stands in.
+func (h *Host) Zone() string { return h.cfg.Zone }
+
 // IP is the host's address on its link.
 func (h *Host) IP() netip.Addr { return h.ip }
 

@@ -48,6 +48,9 @@ type Config struct {
 	// Loopback makes hosts of loopback addresses: no root, no namespaces, no
 	// shaping, and links that cannot be cut.
 	Loopback bool
+	// ZoneLink is the rate each way of the link between a zone and all that is
+	// outside of it; zero means unshaped.
+	ZoneLink Rate
 	// Hosts are there from the start; AddHost adds more.
 	Hosts []HostConfig
 }
@@ -58,6 +61,8 @@ type HostConfig struct {
 	Name string
 	// Up and Down are the rates of the host's link.
 	Up, Down Rate
+	// Zone is where the host stands; hosts without one stand outside of all.
+	Zone string
 }
 
 // A Lab is a set of hosts on one switch. One lab at a time lives on a machine:
@@ -71,6 +76,7 @@ type Lab struct {
 
 	mu     sync.Mutex // guards what follows
 	hosts  []*Host
+	zones  []string
 	procs  []*Process
 	closed bool
 }

@@ -105,15 +105,13 @@ func send(t *testing.T, from, to *Host, n int64) time.Duration {
 	return time.Since(began)
 }
 
-func TestShaping(t *testing.T) {
-	l := newLab(t, Config{Dir: t.TempDir(), Hosts: []HostConfig{
-		{Name: "fast", Up: 80 * Mbit, Down: 80 * Mbit},
-		{Name: "slow", Up: 20 * Mbit, Down: 40 * Mbit},
-	}})
-	fast, slow := l.Host("fast"), l.Host("slow")
-	once := func(what string, from, to *Host, want Rate) (share float64) {
-		t.Helper()
-		n := int64(want) / 8 // a second's worth
+// checkRate fails unless the way between two hosts carries as much as it should,
+// and the link counts it.
+func checkRate(t *testing.T, what string, from, to *Host, want Rate) {
+	t.Helper()
+	n := int64(want) / 8 // a second's worth
+	share := 0.0
+	for range 5 { // a busy machine slows a link down; nothing makes it faster
 		before, err := to.Counters()
 		if err != nil {
 			t.Fatal(err)
@@ -126,27 +124,43 @@ func TestShaping(t *testing.T) {
 		if got := after.Received - before.Received; got < n || float64(got) > 1.03*float64(n) {
 			t.Errorf("%s: the link counted %d bytes of %d", what, got, n)
 		}
-		return float64(n-burst) / took.Seconds() * 8 / float64(want)
-	}
-	check := func(what string, from, to *Host, want Rate) {
-		t.Helper()
-		share := 0.0
-		for range 5 { // a busy machine slows a link down; nothing makes it faster
-			if share = once(what, from, to, want); share >= 0.93 {
-				break
-			}
-		}
-		if share < 0.93 || share > 1.02 {
-			t.Errorf("%s: %.2f of %v", what, share, want)
+		if share = float64(n-burst) / took.Seconds() * 8 / float64(want); share >= 0.93 {
+			break
 		}
 	}
-	check("download", fast, slow, 40*Mbit)
-	check("upload", slow, fast, 20*Mbit)
+	if share < 0.93 || share > 1.02 {
+		t.Errorf("%s: %.2f of %v", what, share, want)
+	}
+}
+
+func TestShaping(t *testing.T) {
+	l := newLab(t, Config{Dir: t.TempDir(), Hosts: []HostConfig{
+		{Name: "fast", Up: 80 * Mbit, Down: 80 * Mbit},
+		{Name: "slow", Up: 20 * Mbit, Down: 40 * Mbit},
+	}})
+	fast, slow := l.Host("fast"), l.Host("slow")
+	checkRate(t, "download", fast, slow, 40*Mbit)
+	checkRate(t, "upload", slow, fast, 20*Mbit)
 	if err := slow.SetRate(t.Context(), 60*Mbit, 0); err != nil {
 		t.Fatal(err)
 	}
-	check("upload, changed", slow, fast, 60*Mbit)
-	check("download, unshaped", fast, slow, 80*Mbit)
+	checkRate(t, "upload, changed", slow, fast, 60*Mbit)
+	checkRate(t, "download, unshaped", fast, slow, 80*Mbit)
+}
+
+func TestZones(t *testing.T) {
+	l := newLab(t, Config{Dir: t.TempDir(), ZoneLink: 20 * Mbit, Hosts: []HostConfig{
+		{Name: "a1", Up: 80 * Mbit, Down: 80 * Mbit, Zone: "a"},
+		{Name: "a2", Up: 80 * Mbit, Down: 80 * Mbit, Zone: "a"},
+		{Name: "b1", Up: 80 * Mbit, Down: 80 * Mbit, Zone: "b"},
+		{Name: "none", Up: 80 * Mbit, Down: 80 * Mbit},
+	}})
+	a1, a2, b1, none := l.Host("a1"), l.Host("a2"), l.Host("b1"), l.Host("none")
+	checkRate(t, "inside a zone", a1, a2, 80*Mbit)
+	checkRate(t, "from zone to zone", a1, b1, 20*Mbit)
+	checkRate(t, "and back", b1, a2, 20*Mbit)
+	checkRate(t, "out of a zone", a1, none, 20*Mbit)
+	checkRate(t, "into a zone", none, b1, 20*Mbit)
 }
 
 func TestUnplug(t *testing.T) {

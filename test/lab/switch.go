@@ -67,6 +67,41 @@ func (l *Lab) makeSwitch(ctx context.Context) error {
 		"link set switch up")
 }
 
+// zone returns the bridge of a zone's hosts. The first call for a zone makes it,
+// and the link that joins it to the switch.
+func (l *Lab) zone(ctx context.Context, name string) (string, error) {
+	if name == "" {
+		return "switch", nil
+	}
+	i := slices.Index(l.zones, name)
+	if i >= 0 {
+		return fmt.Sprintf("zone%d", i), nil
+	}
+	i = len(l.zones)
+	bridge, inside, outside := fmt.Sprintf("zone%d", i), fmt.Sprintf("out%d", i), fmt.Sprintf("in%d", i)
+	err := ip(ctx, l.switchName(),
+		fmt.Sprintf("link add %s mtu %d type bridge stp_state 0 forward_delay 0", bridge, l.cfg.MTU),
+		fmt.Sprintf("link add %s mtu %d type veth peer name %s mtu %d", inside, l.cfg.MTU, outside, l.cfg.MTU),
+		fmt.Sprintf("link set %s master %s gso_max_size %d up", inside, bridge, gsoSize),
+		fmt.Sprintf("link set %s master switch gso_max_size %d up", outside, gsoSize),
+		fmt.Sprintf("link set %s up", bridge))
+	if err != nil {
+		return "", err
+	}
+	l.zones = append(l.zones, name)
+	if l.cfg.ZoneLink == 0 {
+		return bridge, nil
+	}
+	return bridge, tc(ctx, l.switchName(),
+		fmt.Sprintf("qdisc replace dev %s root %s", inside, switched(l.cfg.ZoneLink)),
+		fmt.Sprintf("qdisc replace dev %s root %s", outside, switched(l.cfg.ZoneLink)))
+}
+
+// switched shapes what a switch sends into a link.
+func switched(rate Rate) string {
+	return fmt.Sprintf("tbf rate %dbit burst %d limit %d", rate, burst, burst+int64(rate)/8/downQueue)
+}
+
 // prepareNamespace sets what a new namespace shall not have from this machine.
 func prepareNamespace(name string) error {
 	for _, setting := range []string{"default", "all"} {
@@ -81,7 +116,11 @@ func prepareNamespace(name string) error {
 // plug makes the host's namespace, its link, and its control group.
 func (h *Host) plug(ctx context.Context) error {
 	l, port := h.lab, h.port()
-	err := ip(ctx, "", "netns add "+h.namespace(),
+	bridge, err := l.zone(ctx, h.cfg.Zone)
+	if err != nil {
+		return err
+	}
+	err = ip(ctx, "", "netns add "+h.namespace(),
 		fmt.Sprintf("link add %s mtu %d netns %s type veth peer name eth0 mtu %d netns %s",
 			port, l.cfg.MTU, l.switchName(), l.cfg.MTU, h.namespace()))
 	if err != nil {
@@ -93,7 +132,7 @@ func (h *Host) plug(ctx context.Context) error {
 	if err := setCongestionControl(h.namespace()); err != nil {
 		return err
 	}
-	err = ip(ctx, l.switchName(), "link set "+port+" master switch", fmt.Sprintf("link set %s gso_max_size %d up", port, gsoSize))
+	err = ip(ctx, l.switchName(), "link set "+port+" master "+bridge, fmt.Sprintf("link set %s gso_max_size %d up", port, gsoSize))
 	if err != nil {
 		return err
 	}
@@ -119,7 +158,7 @@ func (h *Host) SetRate(ctx context.Context, up, down Rate) error {
 		upload = fmt.Sprintf("tbf rate %dbit burst %d limit %d", up, burst, upQueue)
 	}
 	if down > 0 {
-		download = fmt.Sprintf("tbf rate %dbit burst %d limit %d", down, burst, burst+int64(down)/8/downQueue)
+		download = switched(down)
 	}
 	if err := tc(ctx, h.namespace(), "qdisc replace dev eth0 root "+upload); err != nil {
 		return err

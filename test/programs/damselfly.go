@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"slices"
 
 	"damselfly.dev/test/lab"
 )
@@ -28,7 +29,7 @@ func StartSupernode(ctx context.Context, h *lab.Host, bin string, upstreams map[
 		"--advertise", h.IP().String(),
 		"--data-dir", filepath.Join(h.Dir(), "supernode"),
 	}
-	args = append(append(args, registries(upstreams)...), flags...)
+	args = slices.Concat(args, zone(h), registries(upstreams), flags)
 	cmd := exec.Command(filepath.Join(bin, "supernode"), args...) //nolint:gosec // G204: built by Build
 	s, err := serve(ctx, h, "supernode", cmd, url(h.IP(), apiPort, "/healthz"), url(h.IP(), apiPort, "/metrics"))
 	if err != nil {
@@ -52,6 +53,11 @@ func (s *Supernode) Restart(ctx context.Context) error {
 // Sent is the supernode's own count of the bytes it has sent to hosts.
 func (s *Supernode) Sent(ctx context.Context) (int64, error) {
 	return s.value(ctx, "damselfly_sent_bytes_total")
+}
+
+// Crossed is the supernode's own count of the bytes that have come into zones.
+func (s *Supernode) Crossed(ctx context.Context) (int64, error) {
+	return s.value(ctx, "damselfly_zone_crossing_bytes_total")
 }
 
 // Origin is the supernode's own count: the bytes it had from registries, and
@@ -86,7 +92,7 @@ func StartDaemon(ctx context.Context, h *lab.Host, bin, supernode string, upstre
 		"--metrics-listen", netip.AddrPortFrom(h.Local(), metricsPort).String(),
 		"--socket", filepath.Join(h.Dir(), "dfdaemon.sock"),
 	}
-	args = append(append(args, registries(upstreams)...), flags...)
+	args = slices.Concat(args, zone(h), registries(upstreams), flags)
 	cmd := exec.Command(filepath.Join(bin, "dfdaemon"), args...) //nolint:gosec // G204: built by Build
 	s, err := serve(ctx, h, "dfdaemon", cmd, url(h.Local(), metricsPort, "/healthz"), url(h.Local(), metricsPort, "/metrics"))
 	if err != nil {
@@ -129,4 +135,11 @@ func registries(upstreams map[string]string) []string {
 		args = append(args, "--registry", name+"="+at)
 	}
 	return args
+}
+
+func zone(h *lab.Host) []string {
+	if h.Zone() == "" {
+		return nil
+	}
+	return []string{"--zone", h.Zone()}
 }
