@@ -126,9 +126,8 @@ func (p Plan) zone(i int) string {
 	return strconv.Itoa(i%p.Zones + 1)
 }
 
-// Run simulates the plan, with one supernode and with two, and calls progress
-// with what part of the bytes has come of the slower simulation, and how much of
-// its time has passed. It may be called from any goroutine, but by one at a time.
+// Run simulates the plan with one supernode and, beside it, with two. It calls
+// progress, if there is one, as Scenario does for the first.
 func (p Plan) Run(ctx context.Context, progress func(now time.Duration, part float64)) (Report, error) {
 	if err := p.Validate(); err != nil {
 		return Report{}, err
