@@ -232,6 +232,8 @@ func (s *swarm) phase(ctx context.Context, super *process, p phase, log io.Write
 		atLeast(p.name+": assignments per core of the supernode", speed/cores, 0, "/s"),
 		atMost(p.name+": report to assignment, p50", ms(got.answers.quantile(0.5)), 0, "ms"),
 		atMost(p.name+": report to assignment, p99", ms(got.answers.quantile(0.99)), ms(p.p99), "ms"),
+		atMost(p.name+": lanes with nothing ahead", float64(got.idle.count())/float64(max(1, got.assigned.Load())), 0, "of assignments"),
+		atMost(p.name+": their wait, p50", ms(got.idle.quantile(0.5)), 0, "ms"),
 		atMost(p.name+": join to answer, p50", ms(got.joins.quantile(0.5)), 0, "ms"),
 		atMost(p.name+": join to answer, p99", ms(got.joins.quantile(0.99)), 0, "ms"),
 		{p.name + ": hosts that got nothing", float64(stalled), 0, "", stalled == 0},

@@ -12,7 +12,8 @@ import (
 // stats is what happened in a phase.
 type stats struct {
 	assigned atomic.Int64
-	answers  histogram // from a report that frees lanes to the host's next assignment
+	answers  histogram // from a report to the assignment that the lanes get for it, one ahead
+	idle     histogram // from a report to an assignment, for lanes with none ahead: until others have lanes free
 	joins    histogram // from a join to its answer
 }
 

@@ -190,9 +190,10 @@ type host struct {
 	onTheWay int // pieces
 	coming   map[uint64]*transfer
 	assigned time.Time // when last
-	freed    int       // transfers ended that the supernode is yet to be told of
-	reported []time.Time
 	out      api.Up
+	freed    int         // lanes that out gives up
+	went     []*transfer // those that begin with out
+	idle     []time.Time // since when lanes have nothing
 }
 
 // transfer is one Assign to its end.
@@ -201,6 +202,7 @@ type transfer struct {
 	piece int // the next
 	left  int
 	next  *transfer // begins when this one ends
+	begun time.Time // when the supernode was told of the end of the one before
 	ended bool
 }
 
@@ -225,11 +227,8 @@ func (h *host) due(tr *transfer) {
 		return
 	}
 	h.end(tr)
-	switch {
-	case h.have.Full():
+	if h.have.Full() {
 		h.leave()
-	case h.have.Len()+h.onTheWay < h.have.Cap():
-		h.freed++
 	}
 }
 
@@ -241,6 +240,9 @@ func (h *host) end(tr *transfer) {
 	delete(h.coming, tr.id)
 	if tr.next != nil {
 		h.run(tr.next)
+		h.went = append(h.went, tr.next)
+	} else if h.have.Len()+h.onTheWay < h.have.Cap() {
+		h.freed++
 	}
 }
 
@@ -271,7 +273,7 @@ func (h *host) leave() {
 	n := len(h.swarm.origin.blobs)
 	h.out.Leave = append(h.out.Leave, api.Leave{Task: string(h.swarm.origin.blobs[(h.task+n-1)%n])})
 	h.task = (h.task + 1) % n
-	h.freed, h.reported = 0, nil
+	h.freed, h.idle = 0, nil
 	h.join()
 }
 
@@ -281,10 +283,13 @@ func (h *host) flush() error {
 	up := h.out
 	h.out = api.Up{}
 	now := time.Now()
-	for range h.freed {
-		h.reported = append(h.reported, now)
+	for _, tr := range h.went {
+		tr.begun = now
 	}
-	h.freed = 0
+	for range h.freed {
+		h.idle = append(h.idle, now)
+	}
+	h.went, h.freed = h.went[:0], 0
 	h.mu.Unlock()
 	if up.Done == nil && up.Join == nil {
 		return nil
@@ -307,17 +312,20 @@ func (h *host) follow(down api.Down) error {
 	for _, a := range down.Assign {
 		stats.assigned.Add(1)
 		h.assigned = now
-		if len(h.reported) > 0 {
-			stats.answers.add(now.Sub(h.reported[0]))
-			h.reported = h.reported[1:]
-		}
 		tr := &transfer{id: a.Transfer, piece: a.First, left: a.Count}
 		h.coming[tr.id] = tr
 		h.onTheWay += tr.left
 		if before := h.coming[a.After]; before != nil {
 			before.next = tr
-		} else {
-			h.run(tr)
+			if !before.begun.IsZero() {
+				stats.answers.add(now.Sub(before.begun))
+			}
+			continue
+		}
+		h.run(tr)
+		if len(h.idle) > 0 {
+			stats.idle.add(now.Sub(h.idle[0]))
+			h.idle = h.idle[1:]
 		}
 	}
 	for _, id := range down.Cancel {
