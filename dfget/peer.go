@@ -73,15 +73,16 @@ func (c PeerConfig) Validate() error {
 // Peer takes part in the swarm of a region for one host. Its store stays the
 // caller's, who closes it after Run has returned and the last Stream is closed.
 type Peer struct {
-	cfg     PeerConfig
-	store   *pieces.Store
-	log     *zap.Logger
-	metrics *metrics
-	client  *http.Client  // of sessions and transfers
-	slots   chan struct{} // taken by each upload
-	tickets tickets
-	group   *errgroup.Group // of Run, for what runs in it to add to
-	rate    atomic.Int64    // bytes a second of one transfer, as measured lately; 0 is unknown
+	cfg       PeerConfig
+	store     *pieces.Store
+	log       *zap.Logger
+	metrics   *metrics
+	client    *http.Client  // of sessions, and of transfers over TLS
+	transfers *http.Client  // of all other transfers
+	slots     chan struct{} // taken by each upload
+	tickets   tickets
+	group     *errgroup.Group // of Run, for what runs in it to add to
+	rate      atomic.Int64    // bytes a second of one transfer, as measured lately; 0 is unknown
 
 	// mu guards what follows, the fields of tasks that say so, and no I/O.
 	mu      sync.Mutex
@@ -111,22 +112,27 @@ func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheu
 	}
 	return &Peer{
 		cfg: cfg, store: store, log: log, metrics: m,
-		client: &http.Client{
-			Transport: &http.Transport{
-				DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
-				TLSHandshakeTimeout: dialTimeout,
-				MaxIdleConns:        512,
-				MaxIdleConnsPerHost: 2 * cfg.DownLanes,
-				IdleConnTimeout:     time.Minute,
-				DisableCompression:  true,
-			},
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
-		slots: make(chan struct{}, 3*cfg.UpLanes),
-		up:    make(chan struct{}),
-		tasks: make(map[pieces.TaskID]*task),
+		client:    &http.Client{Transport: newTransport(cfg.DownLanes), CheckRedirect: noRedirect},
+		transfers: newTransfers(cfg.DownLanes),
+		slots:     make(chan struct{}, 3*cfg.UpLanes),
+		up:        make(chan struct{}),
+		tasks:     make(map[pieces.TaskID]*task),
 	}, nil
 }
+
+// newTransport returns what HTTP goes over, for so many transfers at once.
+func newTransport(lanes int) *http.Transport {
+	return &http.Transport{
+		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		TLSHandshakeTimeout: dialTimeout,
+		MaxIdleConns:        512,
+		MaxIdleConnsPerHost: 2 * lanes,
+		IdleConnTimeout:     time.Minute,
+		DisableCompression:  true,
+	}
+}
+
+func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // Run keeps a session with a supernode and makes the transfers it assigns, until
 // ctx ends. It returns when all that it began has ended. It may be called once.
@@ -136,6 +142,7 @@ func (p *Peer) Run(ctx context.Context) error {
 	group.Go(func() error { return p.keepSession(ctx) })
 	err := group.Wait()
 	p.client.CloseIdleConnections()
+	p.transfers.CloseIdleConnections()
 	return err
 }
 

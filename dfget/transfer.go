@@ -155,7 +155,11 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 	timer := time.AfterFunc(patience, func() { cancel(errSilent) })
 	defer timer.Stop()
 	began := time.Now()
-	resp, err := p.client.Do(req)
+	client := p.transfers
+	if req.URL.Scheme == "https" {
+		client = p.client
+	}
+	resp, err := client.Do(req)
 	if err != nil {
 		return &failure{why: api.Gone, err: causeOf(ctx, err)}
 	}

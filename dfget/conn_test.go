@@ -1,0 +1,124 @@
+package dfget
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"strconv"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// trickle answers with a body that comes in many small packets.
+func trickle(body []byte, packet int, pause time.Duration) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		for b := range chunks(body, packet) {
+			_, _ = w.Write(b)
+			_ = http.NewResponseController(w).Flush()
+			if pause > 0 {
+				<-time.After(pause)
+			}
+		}
+	}
+}
+
+func chunks(b []byte, n int) func(func([]byte) bool) {
+	return func(yield func([]byte) bool) {
+		for len(b) > 0 && yield(b[:min(n, len(b))]) {
+			b = b[min(n, len(b)):]
+		}
+	}
+}
+
+// counted counts the reads that return.
+type counted struct {
+	io.Reader
+	n int
+}
+
+func (c *counted) Read(p []byte) (int, error) { c.n++; return c.Reader.Read(p) }
+
+func TestReceiverIsWokenForMuchAtATime(t *testing.T) {
+	body := bytes.Repeat([]byte("damselfly"), 200_000)
+	s := httptest.NewServer(trickle(body, 9000, 0))
+	defer s.Close()
+	client := newTransfers(1)
+	for range 3 { // over one connection
+		resp, err := client.Get(s.URL)
+		require.NoError(t, err)
+		reads := &counted{Reader: resp.Body}
+		got := make([]byte, len(body))
+		_, err = io.ReadFull(reads, got)
+		require.NoError(t, err)
+		require.Equal(t, body, got)
+		if runtime.GOOS == "linux" {
+			require.Less(t, reads.n, len(body)/maxWait*3/2+8, "reads of a body that came in %d packets", len(body)/9000)
+		}
+		require.NoError(t, resp.Body.Close())
+	}
+}
+
+// Whatever the reader asks for, it gets all there is and waits for nothing that
+// does not come: small reads, a body shorter than what is waited for, an end
+// without a length, a connection that breaks.
+func TestReceiverWaitsForNothingThatDoesNotCome(t *testing.T) {
+	client := newTransfers(1)
+	client.Timeout = 10 * time.Second
+	for _, n := range []int{0, 1, headerBuffer - 1, headerBuffer, headerBuffer + 1, 3 * headerBuffer, maxWait - 1, maxWait + 1, 5*maxWait + 7} {
+		body := bytes.Repeat([]byte{byte(n)}, n)
+		s := httptest.NewServer(trickle(body, 5000, 0))
+		for _, read := range []func(io.Reader) io.Reader{
+			func(r io.Reader) io.Reader { return r }, iotest.OneByteReader, iotest.HalfReader,
+		} {
+			resp, err := client.Get(s.URL)
+			require.NoError(t, err)
+			got, err := io.ReadAll(read(resp.Body))
+			require.NoError(t, err)
+			require.Equal(t, len(body), len(got))
+		}
+		s.Close()
+	}
+	for _, answer := range []string{
+		"HTTP/1.1 200 OK\r\n\r\n" + string(make([]byte, 10_000)),                           // until the end
+		"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + string(make([]byte, 10_000)), // broken
+	} {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		require.NoError(t, err)
+		go func() {
+			conn, err := ln.Accept()
+			if err == nil {
+				_, _ = conn.Read(make([]byte, 4096))
+				_, _ = io.WriteString(conn, answer)
+				_ = conn.Close()
+			}
+		}()
+		resp, err := client.Get("http://" + ln.Addr().String())
+		require.NoError(t, err)
+		buf := make([]byte, 200_000)
+		n, err := io.ReadFull(resp.Body, buf)
+		require.Equal(t, 10_000, n)
+		require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+		_ = resp.Body.Close()
+		_ = ln.Close()
+	}
+}
+
+// A slow sender's bytes are seen often enough to tell it from a silent one.
+func TestReceiverOfFewBytesIsWokenOften(t *testing.T) {
+	body := make([]byte, 40_000)
+	s := httptest.NewServer(trickle(body, 2000, 30*time.Millisecond))
+	defer s.Close()
+	resp, err := newTransfers(1).Get(s.URL)
+	require.NoError(t, err)
+	reads := &counted{Reader: resp.Body}
+	_, err = io.ReadFull(reads, make([]byte, len(body)))
+	require.NoError(t, err)
+	require.Greater(t, reads.n, 3)
+}
