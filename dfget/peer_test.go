@@ -171,6 +171,36 @@ func TestInlineAndMalformedAssignments(t *testing.T) {
 	require.Equal(t, len(b.bytes)+len("four")+len("wrong"), h.metric(t, "received_bytes_total", sourceSupernode))
 }
 
+func TestSmallContentComesWithTheAnswer(t *testing.T) {
+	b := newBlob(20_000)
+	for name, data := range map[string][]byte{"right": b.bytes, "wrong": make([]byte, 20_000), "short": b.bytes[:100]} {
+		t.Run(name, func(t *testing.T) {
+			n, h := loopback(t, PeerConfig{}, func(n *fakeNode, up api.Up) {
+				for _, j := range up.Join {
+					k := n.grant(j, b)
+					k.Ticket, k.Digest, k.Data = "", pieces.AppendDigests(nil, b.digests...), data
+					require.True(t, j.Small)
+					n.send(api.Down{Task: []api.Task{k}})
+				}
+			}, b)
+			up := &upstream{bytes: b.bytes}
+			got, err := get(t, h, Request{b.id, registryOrigin(), up}, 0, -1)
+			require.NoError(t, err)
+			require.Equal(t, b.bytes, got)
+			require.Empty(t, heard(n, wants))
+			if name != "right" {
+				require.Equal(t, []int64{0}, up.opened())
+				require.Eventually(t, func() bool { return len(heard(n, leaves)) == 1 && idle(h) }, waitFor, tick)
+				require.Empty(t, heard(n, holds))
+				return
+			}
+			require.Empty(t, up.opened())
+			require.Eventually(t, func() bool { return complete(h, b) && len(heard(n, holds)) == 1 }, waitFor, tick)
+			require.Equal(t, len(b.bytes), h.metric(t, "received_bytes_total", sourceSupernode))
+		})
+	}
+}
+
 func TestRefusalsAreRelayed(t *testing.T) {
 	b := newBlob(10)
 	want := api.Refused{Status: 401, Header: http.Header{"Www-Authenticate": {"Bearer realm=x"}}, Body: []byte("no"), Final: true}

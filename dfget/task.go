@@ -1,6 +1,7 @@
 package dfget
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -183,14 +184,21 @@ func (p *Peer) granted(s *session, m api.Task) {
 	}
 	t := st.task
 	c, err := p.prepare(t, m, st.origin)
+	if err == nil && len(m.Data) > 0 {
+		err = p.given(t, c, m)
+	}
 	p.mu.Lock()
 	if err == nil && t.isOver() {
 		err = errNotNow
 	}
 	if err != nil {
+		if c == t.content {
+			c = nil
+		}
 		s.answerLocked(m.Seq, answer{err: err})
 		s.send(leaveMessage(t.id))
 		p.mu.Unlock()
+		release(c)
 		p.log.Warn("task cannot be stored", zap.String("task", string(t.id)), zap.Error(err))
 		p.giveUp(t)
 		return
@@ -206,6 +214,9 @@ func (p *Peer) granted(s *session, m api.Task) {
 		if have.Len() > 0 || have.Full() { // empty content is full
 			p.checkLocked(s.life, t)
 		}
+	}
+	if len(m.Data) > 0 {
+		s.send(holdMessage(p.store, t.id))
 	}
 	t.complete = t.complete || c.Complete()
 	t.touch(time.Now())
@@ -243,6 +254,24 @@ func (p *Peer) prepare(t *task, m api.Task, o api.Origin) (*pieces.Content, erro
 		}
 	}
 	return c, nil
+}
+
+// given takes in a content that came with the answer.
+func (p *Peer) given(t *task, c *pieces.Content, m api.Task) error {
+	ds, err := pieces.ParseDigests(m.Digest)
+	if err != nil {
+		return err
+	}
+	if err := c.SetDigests(0, ds); err != nil {
+		return err
+	}
+	if err := c.Receive(0, bytes.NewReader(m.Data)); err != nil {
+		return err
+	}
+	p.metrics.received.WithLabelValues(sourceSupernode).Add(float64(len(m.Data)))
+	t.fromSupernode.Add(int64(len(m.Data)))
+	t.come.Store(time.Now().UnixNano())
+	return nil
 }
 
 // publicName names what an anonymous caller may read, in a store's metadata.

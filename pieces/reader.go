@@ -10,8 +10,8 @@ import (
 
 // CopyRange writes the n bytes from off on to w, and returns how many it wrote.
 // All pieces that hold them must be present (ErrMissing before the first byte).
-// w is given an *io.LimitedReader of an *os.File by io.Copy, which is what
-// net/http sends with sendfile.
+// More than a few KiB w is given as an *io.LimitedReader of an *os.File by
+// io.Copy, which is what net/http sends with sendfile.
 func (c *Content) CopyRange(w io.Writer, off, n int64) (int64, error) {
 	if err := c.checkRange(off, n); err != nil {
 		return 0, err
@@ -23,12 +23,42 @@ func (c *Content) CopyRange(w io.Writer, off, n int64) (int64, error) {
 			return 0, c.pieceError(first, ErrMissing)
 		}
 	}
+	if n <= smallCopy {
+		return c.copySmall(w, off, n)
+	}
 	f, err := c.openAt(off)
 	if err != nil {
 		return 0, fmt.Errorf("copy from %s: %w", c.id, err)
 	}
 	defer func() { _ = f.Close() }()
 	return c.copyN(w, f, n)
+}
+
+// smallCopy is how many bytes cost less to copy than to open the file for.
+const smallCopy = 64 << 10
+
+func (c *Content) copySmall(w io.Writer, off, n int64) (int64, error) {
+	f, err := c.file(&c.content, contentName)
+	if err == nil {
+		err = c.ended()
+	}
+	if err != nil {
+		return 0, fmt.Errorf("copy from %s: %w", c.id, err)
+	}
+	buf := c.store.buffer(n)
+	defer c.store.free(buf)
+	got, short := f.ReadAt(*buf, off)
+	if errors.Is(short, io.EOF) {
+		short = io.ErrUnexpectedEOF
+	}
+	done, err := w.Write((*buf)[:got])
+	if err == nil {
+		err = short
+	}
+	if err != nil {
+		err = fmt.Errorf("copy from %s: %w", c.id, err)
+	}
+	return int64(done), err
 }
 
 // copyN copies n bytes from where f stands.

@@ -67,8 +67,8 @@ func TestCopyRange(t *testing.T) {
 		if err != nil || n != tt.n || !bytes.Equal(w.Bytes(), b[tt.off:tt.off+tt.n]) {
 			t.Errorf("%d bytes from %d: %d bytes, %v", tt.n, tt.off, n, err)
 		}
-		if w.files != 1 || w.others != 0 {
-			t.Errorf("%d bytes from %d reach the connection as no file", tt.n, tt.off)
+		if file := tt.n > smallCopy; (w.files == 1) != file || w.others != 0 {
+			t.Errorf("%d bytes from %d reach the connection as a file: %v", tt.n, tt.off, !file)
 		}
 	}
 }
@@ -162,7 +162,14 @@ func TestReaderEnds(t *testing.T) {
 // TestContentCutShort: bytes that are gone from under a content are an error,
 // never an early end.
 func TestContentCutShort(t *testing.T) {
-	b, m := blob(43, 1000)
+	for _, size := range []int{1000, smallCopy + 1000} {
+		testContentCutShort(t, size)
+	}
+}
+
+func testContentCutShort(t *testing.T, size int) {
+	t.Helper()
+	b, m := blob(43, size)
 	dir := t.TempDir()
 	s := open(t, dir, StoreConfig{})
 	put(t, s, m, b)
@@ -171,10 +178,10 @@ func TestContentCutShort(t *testing.T) {
 	}
 	c := get(t, s, m.ID)
 	for name, copyTo := range map[string]func(io.Writer) error{
-		"CopyRange": func(w io.Writer) error { _, err := c.CopyRange(w, 0, 1000); return err },
-		"WriteTo":   func(w io.Writer) error { _, err := c.NewReader(t.Context(), 0, 1000).WriteTo(w); return err },
+		"CopyRange": func(w io.Writer) error { _, err := c.CopyRange(w, 0, int64(size)); return err },
+		"WriteTo":   func(w io.Writer) error { _, err := c.NewReader(t.Context(), 0, int64(size)).WriteTo(w); return err },
 		"Read": func(w io.Writer) error {
-			_, err := io.Copy(w, struct{ io.Reader }{c.NewReader(t.Context(), 0, 1000)})
+			_, err := io.Copy(w, struct{ io.Reader }{c.NewReader(t.Context(), 0, int64(size))})
 			return err
 		},
 	} {

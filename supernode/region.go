@@ -22,6 +22,7 @@ const (
 	maxHeld      = 2000    // tasks that a host may say it holds
 	maxHeldBytes = 4 << 20 // bytes of the sets of their pieces
 	digestRun    = 4096    // digests in one message
+	maxGiven     = 1 << 20 // bytes given with the answers to joins from one tick to the next
 )
 
 // region is who has what and gets what from whom. One goroutine, that of run,
@@ -41,6 +42,7 @@ type region struct {
 	tasks   map[pieces.TaskID]*task
 	nums    map[scheduler.TaskID]*task
 	lastNum scheduler.TaskID
+	given   int // bytes since the last tick
 }
 
 // task is a content being distributed.
@@ -133,6 +135,7 @@ func (r *region) run(ctx context.Context) {
 				f()
 			}
 		case now := <-tick.C:
+			r.given = 0
 			if len(r.tasks) == 0 {
 				continue
 			}
@@ -200,6 +203,7 @@ func (r *region) hostUp(s *session, hello *api.Hello) {
 		s.id, r.free = r.free[n-1], r.free[:n-1]
 	}
 	r.names[s.name], r.hosts[s.id] = s, s
+	s.far = hello.Zone != "" && r.cfg.Zone != "" && hello.Zone != r.cfg.Zone
 	up := hello.Up
 	if s.addr == "" {
 		up = 0
@@ -340,9 +344,9 @@ func (r *region) failed(now time.Time, s *session, f api.Failed) {
 	r.sched.Failed(now, s.id, id, why.why, retry)
 }
 
-// grant makes a host one of a task's members and answers its join. The lease is
-// the region's from then on.
-func (r *region) grant(s *session, seq uint64, l *lease) {
+// grant makes a host one of a task's members and answers its join, with data
+// being all of a small content or nil. The lease is the region's from then on.
+func (r *region) grant(s *session, seq uint64, l *lease, data []byte) {
 	id, now := l.ID(), time.Now()
 	if r.hosts[s.id] != s {
 		l.Release()
@@ -367,6 +371,10 @@ func (r *region) grant(s *session, seq uint64, l *lease) {
 	}
 	m.public = l.public
 	t.needed = now
+	if fresh && data != nil && r.gives(s, t, len(data)) {
+		s.send(m.gift(t, seq, data))
+		return
+	}
 	s.send(m.message(t, seq))
 	if !fresh {
 		return
@@ -384,6 +392,22 @@ func (r *region) grant(s *session, seq uint64, l *lease) {
 		s.holding(id, h)
 	}
 	r.sched.Join(now, s.id, t.num, h.have)
+}
+
+// gives tells whether a host that joins gets all n bytes of a small content with
+// the answer, and notes it as holding them. Not in a crowd: then the scheduler
+// spreads them from host to host. Nor into another zone, which it counts; nor
+// what a URL gives, of which a Hold does not tell the version.
+func (r *region) gives(s *session, t *task, n int) bool {
+	h := s.holds[t.id]
+	if h != nil && h.have.Len() > 0 || s.far || t.id.Content() == "" || r.given+n > maxGiven {
+		return false
+	}
+	r.given += n
+	have := pieces.NewSet(1)
+	have.Add(0)
+	s.holding(t.id, &holding{t.layout, have})
+	return true
 }
 
 // activate makes a task of a content, with all hosts that hold some of it.

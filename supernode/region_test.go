@@ -39,6 +39,47 @@ func TestHostsServeEachOther(t *testing.T) {
 	require.Equal(t, 1, r.metric("damselfly_tasks"))
 }
 
+func TestSmallContentComesWithTheAnswer(t *testing.T) {
+	h := newHub(t)
+	b := newBytes(20_000)
+	d := h.blob(t, b)
+	r := start(t, h, t.TempDir(), nil)
+	for i := range 2 { // one that nobody has had; one that is there
+		host := dial(t, r, fmt.Sprint("h", i))
+		host.send(api.Up{Join: []api.Join{{Seq: 1, Task: d, Origin: from(""), Small: true}}})
+		k, no := host.answer(1)
+		require.Nil(t, no)
+		require.Equal(t, hexOf(b), hexOf(k.Data))
+		require.Equal(t, pieces.AppendDigests(nil, pieces.Sum(b)), k.Digest)
+		require.Empty(t, k.Ticket)
+		require.Empty(t, host.assigns)
+	}
+	require.Equal(t, 1, h.times("GET /v2/demo/app/blobs/"+d))
+	old := dial(t, r, "old") // knows nothing of it
+	k, no := old.join(d, from(""))
+	require.Nil(t, no)
+	require.Empty(t, k.Data)
+	require.NotEmpty(t, k.Ticket)
+	require.Equal(t, hexOf(b), hexOf(old.content(d)))
+}
+
+func TestSmallContentComesWithTheAnswerWhereItMay(t *testing.T) {
+	id := pieces.TaskID("sha256:" + strings.Repeat("ab", 32))
+	tk := &task{id: id, layout: pieces.NewLayout(maxGiven / 4)}
+	fresh := func() *session { return &session{holds: map[pieces.TaskID]*holding{}} }
+	r := &region{}
+	require.True(t, r.gives(fresh(), tk, maxGiven/4))
+	far := fresh()
+	far.far = true
+	require.False(t, r.gives(far, tk, maxGiven/4))
+	holder := fresh()
+	require.True(t, r.gives(holder, tk, maxGiven/4))
+	require.False(t, r.gives(holder, tk, maxGiven/4), "it has it")
+	require.False(t, r.gives(fresh(), &task{id: pieces.URLTaskID("http://a.test/"), layout: tk.layout}, 1))
+	require.True(t, r.gives(fresh(), tk, maxGiven/2))
+	require.False(t, r.gives(fresh(), tk, 1), "a crowd is the scheduler's")
+}
+
 func TestPieceCrossesIntoAZoneOnce(t *testing.T) {
 	h := newHub(t)
 	b := newBytes(16 << 20)

@@ -24,6 +24,7 @@ const (
 	helloTimeout = 5 * time.Second
 	writeTimeout = 10 * time.Second // for the welcome
 	joinTimeout  = time.Minute      // hosts turn elsewhere long before
+	smallTimeout = time.Second      // for all of a small content, before the answer
 	maxJoins     = 256              // joins of a session being answered
 	maxQueued    = 16 << 20         // bytes waiting for a slow reader, roughly
 	maxUsed      = 64               // places in a queue that is used again
@@ -50,6 +51,7 @@ type session struct {
 	end    context.CancelCauseFunc
 	name   string // the host's own id
 	addr   string // where peers reach it, "" for nowhere
+	far    bool   // in another zone than the supernode
 	remote string
 	since  time.Time
 	joins  chan struct{} // a place for each join being answered
@@ -269,8 +271,32 @@ func (s *session) join(ctx context.Context, j api.Join) {
 		return
 	}
 	l.verify()
+	var data []byte
+	if j.Small {
+		data = l.small(ctx)
+	}
 	r := s.node.region
-	r.do(func() { r.grant(s, j.Seq, l) })
+	r.do(func() { r.grant(s, j.Seq, l, data) })
+}
+
+// small returns all of a small content, for which it waits a little; nil when
+// it is not small, or not there yet.
+func (l *lease) small(ctx context.Context) []byte {
+	n := l.Layout().Length
+	if n == 0 || n > api.MaxInline {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, smallTimeout)
+	defer cancel()
+	var b bytes.Buffer
+	b.Grow(int(n))
+	if l.wait(ctx) != nil {
+		return nil
+	}
+	if _, err := l.CopyRange(&b, 0, n); err != nil {
+		return nil
+	}
+	return b.Bytes()
 }
 
 // sourceOf reads what a host asks to join.
@@ -346,6 +372,16 @@ func (m *member) message(t *task, seq uint64) message {
 		task.Ticket = s.ticket(t.id)
 		b.Task = append(b.Task, task)
 	}}
+}
+
+// gift grants a join with all of a small content.
+func (m *member) gift(t *task, seq uint64, data []byte) message {
+	task := api.Task{
+		Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public,
+		Digest: pieces.AppendDigests(nil, t.content.Digest(0)), Data: data,
+	}
+	m.node.metrics.sentBytes.Add(float64(len(data)))
+	return message{size: 512 + len(data), first: true, add: func(b *api.Down) { b.Task = append(b.Task, task) }}
 }
 
 // sendDigests sends the digests of n pieces from first on.

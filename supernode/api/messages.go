@@ -23,6 +23,7 @@ type Up struct {
 	Done   []Done   `cbor:"5,keyasint,omitempty"`
 	Failed []Failed `cbor:"6,keyasint,omitempty"`
 	Leave  []Leave  `cbor:"7,keyasint,omitempty"`
+	Soon   []uint64 `cbor:"8,keyasint,omitempty"` // transfers whose last bytes are on their way: their lanes may have their next one
 }
 
 // Down is one batch from the supernode to a host. Welcome stands alone in the
@@ -72,6 +73,7 @@ type Join struct {
 	Seq    uint64 `cbor:"1,keyasint"` // chosen by the host, not reused in a session
 	Task   string `cbor:"2,keyasint"`
 	Origin Origin `cbor:"3,keyasint"`
+	Small  bool   `cbor:"4,keyasint,omitempty"` // the host takes small content with the answer
 }
 
 // Origin is where a task's bytes come from: a repository of a registry (the
@@ -136,6 +138,11 @@ type Task struct {
 	Layout pieces.Layout `cbor:"4,keyasint"`
 	Ticket string        `cbor:"5,keyasint"` // shown to parents; see Ticket
 	Public bool          `cbor:"6,keyasint,omitempty"`
+	// Data is all of the content, of one piece with that Digest, when it is small:
+	// there is nothing to fetch, and no Ticket. The host says in a Hold that it has
+	// it, or leaves. Only a Join that is Small is answered so.
+	Digest []byte `cbor:"7,keyasint,omitempty"` // as pieces.ParseDigests reads it
+	Data   []byte `cbor:"8,keyasint,omitempty"`
 }
 
 // Refused is the answer to a Join that is not granted. A Status from 400 on
