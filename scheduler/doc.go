@@ -86,4 +86,15 @@
 // spread nothing, so they part when the parent has something as rare for another.
 //
 // Parents choose first (lend before fill). That is worth 4 % with 300 hosts.
+//
+// Faster hosts come first (class), most of all with seeds: a fresh piece that goes
+// to a host with a quarter of the others' bandwidth keeps all others waiting. With
+// a third of such hosts the others end at 1.12 times their bound, not at 1.22, and
+// never at 1.9 as chance would sometimes have it.
+//
+// Four lanes, on hosts and seeds alike: two are 1 % better at most where a request takes
+// no time, and 6 % worse where it takes a quarter of a piece's, as TCP's slow start
+// may make it. A seed with fewer lanes than its hosts loses 4 to 7 %: they share their
+// downlinks among more senders than it has receivers. To begin with few lanes and
+// add more gains nothing.
 package scheduler

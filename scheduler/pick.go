@@ -370,7 +370,12 @@ func (s *Scheduler) draw(a, b, but bitset, copies []int32) {
 			s.sample[i] = s.sample[i-1]
 		}
 		s.sample[i] = x
-		if at = firstBut(a, b, but, at+1); at == first {
+		if but == nil {
+			at = firstBoth(a, b, at+1) // which is inlined, and this the hottest of loops
+		} else {
+			at = firstBut(a, b, but, at+1)
+		}
+		if at == first {
 			return
 		}
 	}
