@@ -83,6 +83,7 @@ type Peer struct {
 	tickets   tickets
 	group     *errgroup.Group // of Run, for what runs in it to add to
 	rate      atomic.Int64    // bytes a second of one transfer, as measured lately; 0 is unknown
+	answers   atomic.Int64    // nanoseconds from a request to the head of its answer, as measured lately; 0 is unknown
 
 	// mu guards what follows, the fields of tasks that say so, and no I/O.
 	mu      sync.Mutex

@@ -45,6 +45,8 @@ type transfer struct {
 	ctx          context.Context
 	cancel       context.CancelCauseFunc
 	over         chan struct{} // closed when it has ended
+	left         int64         // bytes that have not come
+	told         bool          // that the last ones are on their way
 }
 
 // failure is why a transfer ended early.
@@ -80,6 +82,7 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 		return
 	}
 	tr.task, tr.content, tr.ticket = t, t.content, t.ticket
+	tr.left = t.content.Layout().Offset(a.First+a.Count) - t.content.Layout().Offset(a.First)
 	tr.ctx, tr.cancel = context.WithCancelCause(s.life)
 	p.coming++
 	t.coming++
@@ -130,6 +133,7 @@ func (p *Peer) run(tr *transfer) {
 		}
 		if n == 0 {
 			p.done(tr, i)
+			tr.left -= tr.content.Layout().Size(i)
 			i++
 			continue
 		}
@@ -167,9 +171,14 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 	if err := accepted(resp, off, end); err != nil {
 		return err
 	}
+	p.answered(time.Since(began))
+	lead := min(tr.left/2, p.lead())
 	body := &watched{r: resp.Body, got: func(n int) {
 		timer.Reset(patience)
 		p.came(tr, n)
+		if tr.left <= lead && !tr.told {
+			p.soon(tr)
+		}
 	}}
 	for i := first; i < first+n; i++ {
 		if err := p.receive(tr, i, body); err != nil {
@@ -265,6 +274,7 @@ func causeOf(ctx context.Context, err error) error {
 
 // came counts bytes that have just come.
 func (p *Peer) came(tr *transfer, n int) {
+	tr.left -= int64(n)
 	tr.task.touch(time.Now())
 	p.metrics.received.WithLabelValues(tr.source).Add(float64(n))
 	if tr.source == sourcePeer {
@@ -342,6 +352,27 @@ func (p *Peer) measured(n int64, took time.Duration) {
 		now = (3*old + now) / 4
 	}
 	p.rate.Store(max(now, 1))
+}
+
+// answered learns how long a parent takes to answer.
+func (p *Peer) answered(took time.Duration) {
+	if old := time.Duration(p.answers.Load()); old > 0 {
+		took = (7*old + took) / 8
+	}
+	p.answers.Store(int64(took))
+}
+
+// lead returns how many bytes before its end a transfer is told to end soon. The
+// word goes to the supernode, its next assignment comes back, and then a request
+// goes to a parent: twice the way there and back, through the same queues.
+func (p *Peer) lead() int64 {
+	return int64(2 * time.Duration(p.answers.Load()).Seconds() * float64(p.rate.Load()))
+}
+
+// soon tells that a transfer ends soon.
+func (p *Peer) soon(tr *transfer) {
+	tr.told = true
+	p.report(tr.session, message{size: 16, add: func(u *api.Up) { u.Soon = append(u.Soon, tr.id) }})
 }
 
 // expected returns how long n bytes take one transfer, 0 when not known.

@@ -215,6 +215,20 @@ func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int) {
 	s.changed(child)
 }
 
+// Soon notes that the last bytes of a transfer are on their way: its lanes may
+// have their next one, which will begin when this one ends or just before.
+func (s *Scheduler) Soon(now time.Time, host HostID, id TransferID) {
+	s.clock(now)
+	tr := s.find(id)
+	if tr == nil || tr.child.host.id != host || tr.before != nil || tr.soon || tr.late || tr.next != nil {
+		return
+	}
+	tr.soon = true
+	tr.vacate(true, true)
+	s.queue(tr.parent.host)
+	s.queue(tr.child.host)
+}
+
 // Failed notes that the rest of a transfer will not come. For a busy parent,
 // retry is when it may be asked again.
 func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failure, retry time.Duration) {

@@ -27,6 +27,7 @@ type transfer struct {
 	thinUp        bool          // the child takes a fraction of what the parent's lane gives,
 	thinDown      bool          // or the parent gives a fraction of what the child's takes
 	link          *link         // that it crosses, where the rule is for it
+	soon          bool          // its lanes are given away: its last bytes are on their way
 	late          bool          // it lags: it holds no upload lane, its pieces are no copies
 	reopened      bool          // it is late and its pieces may be had from a second parent
 }
@@ -163,7 +164,7 @@ func (s *Scheduler) end(tr *transfer) {
 	if tr.before != nil {
 		tr.before.next = nil
 	} else {
-		tr.vacate(!tr.late, !tr.reopened)
+		tr.vacate(!tr.late && !tr.soon, !tr.reopened && !tr.soon)
 	}
 	if next := tr.next; next != nil {
 		next.before, next.since = nil, s.now
@@ -195,7 +196,7 @@ func (s *Scheduler) yield(tr *transfer) {
 	for left := tr.left; left != 0; left &= left - 1 {
 		s.dropCopy(tr.child, tr.first+bits.TrailingZeros64(left))
 	}
-	tr.vacate(true, false)
+	tr.vacate(!tr.soon, false)
 	s.queue(tr.parent.host)
 }
 
@@ -220,6 +221,6 @@ func (s *Scheduler) second(tr *transfer) {
 	for left := tr.left; left != 0; left &= left - 1 {
 		tr.child.reopen(tr.first + bits.TrailingZeros64(left))
 	}
-	tr.vacate(false, true)
+	tr.vacate(false, !tr.soon)
 	s.queue(tr.child.host)
 }

@@ -247,6 +247,9 @@ func (r *region) up(s *session, up *api.Up) {
 	for _, d := range up.Done {
 		r.done(now, s, scheduler.TransferID(d.Transfer), d.Piece)
 	}
+	for _, id := range up.Soon {
+		r.sched.Soon(now, s.id, scheduler.TransferID(id))
+	}
 	for _, f := range up.Failed {
 		r.failed(now, s, f)
 	}

@@ -203,7 +203,7 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 		if err != nil {
 			return err
 		}
-		n := 1 + len(up.Join) + len(up.Want) + len(up.Done) + len(up.Failed) + len(up.Leave)
+		n := 1 + len(up.Join) + len(up.Want) + len(up.Done) + len(up.Soon) + len(up.Failed) + len(up.Leave)
 		for _, h := range up.Hold {
 			n += 1 + len(h.Have)/16
 		}
