@@ -222,17 +222,18 @@ func (s *swarm) phase(ctx context.Context, super *process, p phase, log io.Write
 	speed := float64(got.assigned.Load()) / took
 	cores, ownCores := (super.cpu()-cpu)/took, (ownCPU()-own)/took
 	stalled := s.stalled(s.cfg.duration)
-	fmt.Fprintf(log, "%s: %.0f/s of %.0f, supernode %.2f cores, generator %.2f cores, %d joins, memory %.0f to %.0f MiB\n",
-		p.name, speed, p.rate, cores, ownCores, got.joins.count(), before, super.memory())
+	fmt.Fprintf(log, "%s: %.0f/s of %.0f, supernode %.2f cores (%.1f us each), generator %.2f cores (%.1f us each), %d joins, memory %.0f to %.0f MiB\n",
+		p.name, speed, p.rate, cores, cores/speed*1e6, ownCores, ownCores/speed*1e6, got.joins.count(), before, super.memory())
 	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 	return []row{
 		atLeast(p.name+": assignments", speed, p.speed, "/s"),
 		atMost(p.name+": supernode CPU", cores, 0, "cores"),
 		atMost(p.name+": generator CPU", ownCores, 0, "cores"),
-		atLeast(p.name+": assignments per core of the supernode", speed/cores, 0, "/s"),
+		atMost(p.name+": supernode CPU of an assignment", cores/speed*1e6, 0, "us"),
+		atMost(p.name+": generator CPU of an assignment", ownCores/speed*1e6, 0, "us"),
 		atMost(p.name+": report to assignment, p50", ms(got.answers.quantile(0.5)), 0, "ms"),
 		atMost(p.name+": report to assignment, p99", ms(got.answers.quantile(0.99)), ms(p.p99), "ms"),
-		atMost(p.name+": lanes with nothing ahead", float64(got.idle.count())/float64(max(1, got.assigned.Load())), 0, "of assignments"),
+		atMost(p.name+": transfers that end with none at hand", float64(got.idle.count())/float64(max(1, got.assigned.Load())), 0, "of assignments"),
 		atMost(p.name+": their wait, p50", ms(got.idle.quantile(0.5)), 0, "ms"),
 		atMost(p.name+": join to answer, p50", ms(got.joins.quantile(0.5)), 0, "ms"),
 		atMost(p.name+": join to answer, p99", ms(got.joins.quantile(0.99)), 0, "ms"),

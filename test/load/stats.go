@@ -12,8 +12,8 @@ import (
 // stats is what happened in a phase.
 type stats struct {
 	assigned atomic.Int64
-	answers  histogram // from a report to the assignment that the lanes get for it, one ahead
-	idle     histogram // from a report to an assignment, for lanes with none ahead: until others have lanes free
+	answers  histogram // from the word that a transfer ends soon, or ends, to an assignment
+	idle     histogram // from the end of a transfer with none at hand to an assignment
 	joins    histogram // from a join to its answer
 }
 

@@ -124,7 +124,7 @@ func (s *swarm) keep(ctx context.Context, h *host) {
 // begin has all hosts join within the time to settle.
 func (s *swarm) begin(ctx context.Context) {
 	for i, h := range s.hosts {
-		h.wheel.after(s.cfg.settle*time.Duration(i)/time.Duration(len(s.hosts)), h, nil)
+		h.wheel.after(s.cfg.settle*time.Duration(i)/time.Duration(len(s.hosts)), due{h: h})
 	}
 	for _, w := range s.wheels {
 		s.group.Go(func() {
@@ -191,8 +191,9 @@ type host struct {
 	coming   map[uint64]*transfer
 	assigned time.Time // when last
 	out      api.Up
-	freed    int         // lanes that out gives up
-	went     []*transfer // those that begin with out
+	asks     int         // lanes that may have their next with out
+	asked    []time.Time // since when lanes may have their next
+	freed    int         // lanes that have ended with nothing to go on with
 	idle     []time.Time // since when lanes have nothing
 }
 
@@ -201,47 +202,67 @@ type transfer struct {
 	id    uint64
 	piece int // the next
 	left  int
-	next  *transfer // begins when this one ends
-	begun time.Time // when the supernode was told of the end of the one before
+	soon  bool // the supernode was told of its end
 	ended bool
 }
 
-// due acts on what is due: a piece of tr has come.
-func (h *host) due(tr *transfer) {
+// due acts on what is due: a piece has come, or a transfer ends soon.
+func (h *host) due(d due) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if tr == nil {
+	tr := d.tr
+	switch {
+	case tr == nil:
 		h.join()
-		return
-	}
-	if tr.ended {
-		return
-	}
-	h.out.Done = append(h.out.Done, api.Done{Transfer: tr.id, Piece: tr.piece})
-	h.have.Add(tr.piece)
-	tr.piece++
-	tr.left--
-	h.onTheWay--
-	if tr.left > 0 {
-		h.run(tr)
-		return
-	}
-	h.end(tr)
-	if h.have.Full() {
-		h.leave()
+	case tr.ended:
+	case d.soon:
+		h.out.Soon = append(h.out.Soon, tr.id)
+		h.ask(tr)
+	default:
+		h.out.Done = append(h.out.Done, api.Done{Transfer: tr.id, Piece: tr.piece})
+		h.have.Add(tr.piece)
+		tr.piece++
+		tr.left--
+		h.onTheWay--
+		if tr.left > 0 {
+			h.wheel.after(h.swarm.lasts(1), due{h: h, tr: tr})
+			return
+		}
+		h.end(tr)
+		if h.have.Full() {
+			h.leave()
+		}
 	}
 }
 
-func (h *host) run(tr *transfer) { h.wheel.after(time.Duration(h.swarm.pieceTime.Load()), h, tr) }
+// lasts is how long a lane takes for n pieces.
+func (s *swarm) lasts(n int) time.Duration {
+	return time.Duration(n) * time.Duration(s.pieceTime.Load())
+}
+
+// run begins a transfer, whose end is told when a third of its time is left.
+func (h *host) run(tr *transfer) {
+	h.wheel.after(h.swarm.lasts(1), due{h: h, tr: tr})
+	h.wheel.after(h.swarm.lasts(tr.left)*2/3, due{h: h, tr: tr, soon: true})
+}
+
+// ask notes that tr's lanes may have their next.
+func (h *host) ask(tr *transfer) {
+	if !tr.soon && h.needs() {
+		h.asks++
+	}
+	tr.soon = true
+}
+
+// needs tells whether there is something to be told to get.
+func (h *host) needs() bool { return h.have.Len()+h.onTheWay < h.have.Cap() }
 
 func (h *host) end(tr *transfer) {
 	tr.ended = true
 	h.onTheWay -= tr.left
 	delete(h.coming, tr.id)
-	if tr.next != nil {
-		h.run(tr.next)
-		h.went = append(h.went, tr.next)
-	} else if h.have.Len()+h.onTheWay < h.have.Cap() {
+	h.ask(tr)
+	if len(h.coming) < h.swarm.cfg.lanes && h.needs() {
 		h.freed++
 	}
 }
@@ -273,7 +294,7 @@ func (h *host) leave() {
 	n := len(h.swarm.origin.blobs)
 	h.out.Leave = append(h.out.Leave, api.Leave{Task: string(h.swarm.origin.blobs[(h.task+n-1)%n])})
 	h.task = (h.task + 1) % n
-	h.freed, h.idle = 0, nil
+	h.asks, h.asked, h.freed, h.idle = 0, nil, 0, nil
 	h.join()
 }
 
@@ -283,15 +304,15 @@ func (h *host) flush() error {
 	up := h.out
 	h.out = api.Up{}
 	now := time.Now()
-	for _, tr := range h.went {
-		tr.begun = now
+	for range h.asks {
+		h.asked = append(h.asked, now)
 	}
 	for range h.freed {
 		h.idle = append(h.idle, now)
 	}
-	h.went, h.freed = h.went[:0], 0
+	h.asks, h.freed = 0, 0
 	h.mu.Unlock()
-	if up.Done == nil && up.Join == nil {
+	if up.Done == nil && up.Soon == nil && up.Join == nil {
 		return nil
 	}
 	return h.conn.Write(context.Background(), up)
@@ -315,14 +336,11 @@ func (h *host) follow(down api.Down) error {
 		tr := &transfer{id: a.Transfer, piece: a.First, left: a.Count}
 		h.coming[tr.id] = tr
 		h.onTheWay += tr.left
-		if before := h.coming[a.After]; before != nil {
-			before.next = tr
-			if !before.begun.IsZero() {
-				stats.answers.add(now.Sub(before.begun))
-			}
-			continue
-		}
 		h.run(tr)
+		if len(h.asked) > 0 {
+			stats.answers.add(now.Sub(h.asked[0]))
+			h.asked = h.asked[1:]
+		}
 		if len(h.idle) > 0 {
 			stats.idle.add(now.Sub(h.idle[0]))
 			h.idle = h.idle[1:]

@@ -25,24 +25,26 @@ type wheel struct {
 	rnd   *rand.Rand
 }
 
-// due is a piece that comes to an end, or with a nil transfer the host's first join.
+// due is a piece that has come, or that tr ends soon; with a nil tr the host's
+// first join.
 type due struct {
-	at int64
-	h  *host
-	tr *transfer
+	at   int64
+	h    *host
+	tr   *transfer
+	soon bool
 }
 
 func newWheel(seed uint64) *wheel {
 	return &wheel{began: time.Now(), rnd: rand.New(rand.NewPCG(seed, 1))}
 }
 
-// after has f due d from now, give or take a fifth.
-func (w *wheel) after(d time.Duration, h *host, tr *transfer) {
+// after has what due d from now, give or take a fifth.
+func (w *wheel) after(d time.Duration, what due) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := int64(time.Since(w.began) / slot)
-	at := max(now, w.turn) + max(1, int64(float64(d/slot)*(0.8+0.4*w.rnd.Float64())))
-	w.slots[at%slots] = append(w.slots[at%slots], due{at, h, tr})
+	what.at = max(now, w.turn) + max(1, int64(float64(d/slot)*(0.8+0.4*w.rnd.Float64())))
+	w.slots[what.at%slots] = append(w.slots[what.at%slots], what)
 }
 
 // take returns what is due by now.
@@ -77,7 +79,7 @@ func (w *wheel) run(ctx context.Context) error {
 		}
 		work = w.take(work[:0])
 		for _, d := range work {
-			d.h.due(d.tr)
+			d.h.due(d)
 		}
 		for i, d := range work {
 			work[i] = due{}
