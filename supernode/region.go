@@ -52,6 +52,8 @@ type task struct {
 	content   *pieces.Content // pinned
 	layout    pieces.Layout
 	published pieces.Set // pieces whose digests anyone may have
+	order     []int      // in which they were published
+	untold    bool       // some members were not told of all of them
 	members   map[scheduler.HostID]*member
 	needed    time.Time // when somebody last was found to need it
 	told      int64     // bytes, by the last Progress
@@ -62,6 +64,7 @@ type member struct {
 	*session
 	public   bool
 	ticketed time.Time
+	told     int // how many of the task's order it has the digests of
 }
 
 // holding is what a host has of a task.
@@ -170,6 +173,9 @@ func (r *region) decide() {
 		t := r.nums[d.Task]
 		if t == nil {
 			continue
+		}
+		if m := t.members[d.Host]; m != nil && t.untold {
+			m.tell(t)
 		}
 		host.transfers[d.Transfer] = transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
 		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count, After: uint64(d.After)}
@@ -382,13 +388,7 @@ func (r *region) grant(s *session, seq uint64, l *lease, data []byte) {
 	if !fresh {
 		return
 	}
-	for i := 0; i < t.layout.Count(); {
-		n := t.published.Run(i, digestRun)
-		if n > 0 {
-			s.sendDigests(t, i, n)
-		}
-		i += n + 1
-	}
+	m.tell(t)
 	h := s.holds[id]
 	if h == nil || h.layout != t.layout {
 		h = &holding{t.layout, pieces.NewSet(t.layout.Count())}
@@ -423,8 +423,12 @@ func (r *region) activate(now time.Time, l *lease) *task {
 	t.published = l.Have()
 	last := t.layout.Count() - 1
 	for i := range t.layout.Count() {
-		if t.published.Has(i) && (!l.Has(i) || i == last && !l.whole()) {
+		switch {
+		case !t.published.Has(i):
+		case !l.Has(i), i == last && !l.whole():
 			t.published.Remove(i)
+		default:
+			t.order = append(t.order, i)
 		}
 	}
 	r.tasks[t.id], r.nums[t.num] = t, t
@@ -457,11 +461,22 @@ func (r *region) published(id pieces.TaskID, i int, _ pieces.Digest) {
 		if t == nil || i >= t.layout.Count() || !t.published.Add(i) {
 			return
 		}
-		for _, m := range t.members {
-			m.sendDigests(t, i, 1)
-		}
+		t.order, t.untold = append(t.order, i), true
 		r.sched.Have(time.Now(), seed, t.num, i, 1)
 	})
+}
+
+// tell sends the digests that the member does not have. They go with the next
+// thing it is told, or with a review: not each on its own to every member.
+func (m *member) tell(t *task) {
+	for m.told < len(t.order) {
+		first, n := t.order[m.told], 1
+		for n < digestRun && m.told+n < len(t.order) && t.order[m.told+n] == first+n {
+			n++
+		}
+		m.sendDigests(t, first, n)
+		m.told += n
+	}
 }
 
 // dropped implements follower.
@@ -501,6 +516,7 @@ func (r *region) review(now time.Time) {
 			r.progress(t, f.fetched.Load())
 		}
 		for _, m := range t.members {
+			m.tell(t)
 			if h := m.holds[t.id]; h == nil || h.have.Full() {
 				continue
 			}
@@ -510,6 +526,7 @@ func (r *region) review(now time.Time) {
 				m.send(m.message(t, 0))
 			}
 		}
+		t.untold = false
 		if now.Sub(t.needed) > idleAfter {
 			r.deactivate(t)
 		}

@@ -80,6 +80,33 @@ func TestSmallContentComesWithTheAnswerWhereItMay(t *testing.T) {
 	require.False(t, r.gives(fresh(), tk, 1), "a crowd is the scheduler's")
 }
 
+// A host knows the digests of what it is not told to get too: of what it has
+// of an earlier time it must hear that it is wrong.
+func TestHostIsToldAllDigests(t *testing.T) {
+	h := newHub(t)
+	b := newBytes(8 << 20)
+	d := h.blob(t, b)
+	joined := make(chan struct{})
+	h.misbehave(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") {
+			return false
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(b)))
+		w.(http.Flusher).Flush()
+		<-joined
+		_, _ = w.Write(b)
+		return true
+	})
+	r := start(t, h, t.TempDir(), nil)
+	host := dial(t, r, "one")
+	host.lazy = true
+	k, no := host.join(d, from(""))
+	close(joined)
+	require.Nil(t, no)
+	host.await("all digests", func() bool { return len(host.byID[d].digests) == k.Layout.Count() })
+	require.Less(t, len(host.assigns), k.Layout.Count())
+}
+
 func TestPieceCrossesIntoAZoneOnce(t *testing.T) {
 	h := newHub(t)
 	b := newBytes(16 << 20)
