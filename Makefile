@@ -23,10 +23,10 @@ lint: ## formatting, layering and the linters
 	$(TOOL) golangci-lint run ./...
 
 unit: ## all that needs no root: unit tests, the region in one process
-	$(GO) test -race -tags $(TAGS) -count=1 -timeout 10m $$($(GO) list ./... | grep -v -e /test/lab -e /test/engines -e /test/demo)
+	$(GO) test -race -tags $(TAGS) -count=1 -timeout 10m $$($(GO) list ./... | grep -v -e /test/lab -e /test/engines -e /test/demo -e /test/bench)
 
 lab: build ## tests on network namespaces with shaped links (root)
-	$(GO) test -p 1 -race -tags $(TAGS) -count=1 -timeout 15m ./test/lab/... ./test/demo/...
+	$(GO) test -p 1 -race -tags $(TAGS) -count=1 -timeout 15m ./test/lab/... ./test/demo/... ./test/bench/...
 
 engines: build ## real registries and engines pull through dfdaemon (root)
 	$(GO) test -race -tags $(TAGS) -count=1 -timeout 15m ./test/engines/...
@@ -34,7 +34,7 @@ engines: build ## real registries and engines pull through dfdaemon (root)
 demo: ## one image to six hosts, with and without Damselfly (root: on shaped links)
 	$(GO) run -tags $(TAGS) ./test/demo $(DEMOFLAGS)
 
-bench: build ## speed and memory, as ratios
+bench: build ## speed, CPU and memory against their bounds (root; ~40 min; docs/performance.md)
 	$(GO) run -tags $(TAGS) ./test/bench $(BENCHFLAGS)
 	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchmem ./pieces/... ./scheduler/...
 

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -22,12 +23,23 @@ import (
 
 // scenarios are what can be measured, in the order it is.
 var scenarios = []scenario{
-	{"flash", "all hosts at once, a cold supernode, equal links: 8, 16, 30 hosts", flash},
+	{"flash", "all hosts at once, a cold supernode, equal links: 8, 16, 30 hosts; direct beside it", flash},
+	{"rich", "a supernode and an origin with ten times a host's link", rich},
+	{"unequal", "every third host with a quarter of the others' link", unequal},
+	{"staggered", "hosts that come one after the other when eight have it", staggered},
+	{"first", "one host, then all others at once", oneFirst},
+	{"killed", "one host's dfdaemon killed halfway: what the others lose", killed},
+	{"slowest", "one host at a hundredth of the others' rate: what the others lose", slowest},
+	{"zones", "two zones with a thin link between, with the zone rule and without", zones},
+	{"cpu", "processor time of all parts together, beside nginx and curl", cpu},
 	{"single", "one host pulls a blob that nobody has had: time, first byte, CPU", single},
 	{"layers", "an image of 40 layers of 20 KB: cold, and when the supernode has it", layers},
 	{"small", "a blob of 1 MiB to eight hosts at once", small},
 	{"stored", "a blob of the host's own store, beside nginx with the same file", stored},
 	{"memory", "peak memory with many large blobs at once", memory},
+	{"centre", "10 000 sessions on one supernode: test/load", centre},
+	{"decisions", "the scheduler's own benchmark, on one core", decisions},
+	{"sim", "the simulator beside the lab, and at sizes no lab has; takes minutes", simulated},
 }
 
 // A scenario measures something and adds its rows to the table.
@@ -50,7 +62,7 @@ type row struct {
 	Name     string    `json:"name"`
 	Figure   float64   `json:"figure"`
 	Unit     string    `json:"unit,omitempty"`
-	Bound    string    `json:"bound,omitempty"` // "at most", "at least", or nothing where there is none
+	Bound    string    `json:"bound,omitempty"` // "at most", "at least", "exactly", or nothing where there is none
 	Limit    float64   `json:"limit,omitempty"`
 	OK       bool      `json:"ok"`
 	Values   []float64 `json:"values"`
@@ -71,9 +83,23 @@ func (e *env) atLeast(name, unit string, limit float64, values ...float64) {
 	e.rows = append(e.rows, row{Name: name, Figure: m, Unit: unit, Bound: "at least", Limit: limit, OK: m >= limit, Values: values})
 }
 
+// once adds a row that holds when every value is 1, rounded to thousandths.
+func (e *env) once(name string, values ...float64) {
+	ok := len(values) > 0 && !slices.ContainsFunc(values, func(v float64) bool { return math.Round(1000*v) != 1000 })
+	e.rows = append(e.rows, row{Name: name, Figure: median(values), Bound: "exactly", Limit: 1, OK: ok, Values: values})
+}
+
 // tell adds a row that only informs.
 func (e *env) tell(name, unit string, values ...float64) {
 	e.rows = append(e.rows, row{Name: name, Figure: median(values), Unit: unit, OK: true, Values: values})
+}
+
+// size is that of the blobs of a scenario.
+func (e *env) size(full int64) int64 {
+	if e.short {
+		return 4 << 20
+	}
+	return full
 }
 
 // median is the middle of some values, the lower of two; 0 for none.
@@ -90,11 +116,12 @@ func main() {
 	flag.IntVar(&e.runs, "runs", 3, "how often each figure is measured")
 	flag.BoolVar(&e.short, "short", false, "small and once, to see that it works: its figures mean nothing")
 	only := flag.String("only", "", "regular expression of the scenarios to measure; all without")
-	out := flag.String("json", "bin/bench.json", "write the rows to this file too; empty: to none")
+	out := flag.String("json", "bin/bench.json", "write the rows to this `file` too; empty: to none")
+	picture := flag.String("svg", "", "draw the efficiency of the flash crowds into this `file`; empty: into none")
 	flag.Usage = usage
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := e.measure(ctx, *only, *out)
+	err := errors.Join(e.measure(ctx, *only, *out), e.draw(*picture))
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)

@@ -82,9 +82,9 @@ func memory(ctx context.Context, e *env) error {
 	}
 	what := fmt.Sprintf(", %d blobs of %d MiB at once", blobs, size>>20)
 	for i, d := range daemons {
-		e.atMost(fmt.Sprintf("dfdaemon %d peak memory%s", i+1, what), "MiB", 100, d.peakMiB())
+		e.atMost(fmt.Sprintf("dfdaemon %d peak memory%s", i+1, what), "MiB", 100, peakMiB(d.cmd.Process.Pid))
 	}
-	e.atMost("supernode peak memory"+what, "MiB", 200, super.peakMiB())
+	e.atMost("supernode peak memory"+what, "MiB", 200, peakMiB(super.cmd.Process.Pid))
 	e.atMost("origin copies"+what, "", 1.004, float64(origin.sent.Load())/float64(int64(blobs)*size))
 	return nil
 }
@@ -138,9 +138,9 @@ func (p *process) stop() {
 	_ = p.cmd.Wait()
 }
 
-// peakMiB is the most resident memory the process has had, 0 when unknown.
-func (p *process) peakMiB() float64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+// peakMiB is the most resident memory a process has had, 0 when unknown.
+func peakMiB(pid int) float64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0
 	}

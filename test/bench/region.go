@@ -14,8 +14,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -36,7 +38,8 @@ type layout struct {
 	hosts      []lab.Rate
 	supernode  lab.Rate
 	origin     lab.Rate
-	zones      []string // of the hosts; nil is none
+	zones      []string // of the hosts; nil is none; supernode and origin stand where the first does
+	zoneLink   lab.Rate // of each zone
 	superFlags []string
 	hostFlags  []string
 }
@@ -50,6 +53,17 @@ func equal(n int, rate lab.Rate) layout {
 	return l
 }
 
+// bound is the time, in seconds, before which no order of transfers can bring
+// so many bytes to all hosts: the origin's link, the supernode's, the slowest
+// host's, or all uploads together.
+func (l layout) bound(size int64) float64 {
+	slowest, uploads := l.supernode, l.supernode
+	for _, rate := range l.hosts {
+		slowest, uploads = min(slowest, rate), uploads+rate
+	}
+	return max(bytesIn(size, l.origin), bytesIn(size, slowest), bytesIn(size*int64(len(l.hosts)), uploads))
+}
+
 // region is a layout that runs: an nginx with blobs, a supernode, and a
 // dfdaemon on each host.
 type region struct {
@@ -61,12 +75,15 @@ type region struct {
 }
 
 func build(ctx context.Context, bin string, l layout) (_ *region, err error) {
-	cfg := lab.Config{Dir: scratch(), Hosts: []lab.HostConfig{
-		{Name: "registry", Up: l.origin, Down: l.origin},
-		{Name: "supernode", Up: l.supernode, Down: l.supernode},
+	if l.zones == nil {
+		l.zones = make([]string, len(l.hosts))
+	}
+	cfg := lab.Config{Dir: scratch(), ZoneLink: l.zoneLink, Hosts: []lab.HostConfig{
+		{Name: "registry", Up: l.origin, Down: l.origin, Zone: l.zones[0]},
+		{Name: "supernode", Up: l.supernode, Down: l.supernode, Zone: l.zones[0]},
 	}}
 	for i, rate := range l.hosts {
-		cfg.Hosts = append(cfg.Hosts, lab.HostConfig{Name: "host" + strconv.Itoa(i+1), Up: rate, Down: rate})
+		cfg.Hosts = append(cfg.Hosts, lab.HostConfig{Name: "host" + strconv.Itoa(i+1), Up: rate, Down: rate, Zone: l.zones[i]})
 	}
 	r := &region{layout: l}
 	if r.lab, err = lab.New(ctx, cfg); err != nil {
@@ -126,11 +143,23 @@ func randomBytes(seed uint64, size int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8(key), size)
 }
 
+// cold has a crowd pull a blob that nobody has had, and takes the blob away from
+// the origin.
+func (r *region) cold(ctx context.Context, size int64, c crowd) (*pull, error) {
+	b, err := r.fresh(size)
+	if err != nil {
+		return nil, err
+	}
+	p, err := r.pull(ctx, b, c)
+	return p, errors.Join(err, r.origin.Remove(b.digest))
+}
+
 // A pull is what one crowd did.
 type pull struct {
-	started, ended []float64 // of each host, in seconds from the first's start; ended is 0 for who was to fail
+	started, ended []float64 // of each host, in seconds from the first's start; 0 for who was not there or doomed
 	origin         float64   // copies that the origin has sent
 	super          float64   // copies that the supernode has sent
+	crossed        float64   // copies that have come into a zone
 	cpu            float64   // seconds of all programs of the lab
 	machine        float64   // seconds of the whole machine
 	wall           float64
@@ -139,25 +168,22 @@ type pull struct {
 func (p *pull) took(i int) float64 { return p.ended[i] - p.started[i] }
 
 // last is when the last of the hosts has ended.
-func (p *pull) last() float64 {
-	t := 0.0
-	for _, e := range p.ended {
-		t = max(t, e)
-	}
-	return t
-}
+func (p *pull) last() float64 { return slices.Max(p.ended) }
 
-// busiest is the part of the machine's processors that was in use.
+// busy is the part of the machine's processors that was in use.
 func (p *pull) busy() float64 { return p.machine / p.wall / float64(runtime.NumCPU()) }
 
 // crowd says who pulls a blob and when.
 type crowd struct {
 	hosts  []int                           // indexes; nil is all
-	start  func(i int) time.Duration       // nil is at once
+	start  func(i int) float64             // seconds to wait first; nil is at once
 	direct bool                            // straight from the origin
 	during func(ctx context.Context) error // runs beside it
-	doomed func(i int) bool                // who needs not end
+	doomed func(i int) bool                // who need not end, and is stopped when all others have
 }
+
+// lives says whether host i is to end.
+func (c crowd) lives(i int) bool { return c.doomed == nil || !c.doomed(i) }
 
 // pull has a crowd get the blob, each host into a file of its own, with curl as
 // the engine, and checks every file.
@@ -170,27 +196,43 @@ func (r *region) pull(ctx context.Context, b blob, c crowd) (*pull, error) {
 	if err := r.origin.Forget(); err != nil {
 		return nil, err
 	}
-	sent, err := r.super.Sent(ctx)
+	before, err := r.counts(ctx, b)
 	if err != nil {
 		return nil, err
 	}
 	p := &pull{started: make([]float64, len(r.hosts)), ended: make([]float64, len(r.hosts))}
 	cpu, machine, began := r.cpu(), machineTime(), time.Now()
+	if err := r.together(ctx, b, c, p, began); err != nil {
+		return nil, err
+	}
+	p.wall = time.Since(began).Seconds()
+	p.cpu, p.machine = r.cpu()-cpu, machineTime()-machine
+	after, err := r.counts(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	p.origin, p.super, p.crossed = after[0], after[1]-before[1], after[2]-before[2]
+	return p, r.check(b, c)
+}
+
+// together runs the engines of a crowd.
+func (r *region) together(ctx context.Context, b blob, c crowd, p *pull, began time.Time) error {
 	g, gctx := errgroup.WithContext(ctx)
+	ending, stop := context.WithCancel(ctx)
+	var doomed sync.WaitGroup
 	for _, i := range c.hosts {
+		if !c.lives(i) {
+			doomed.Go(func() { r.curl(ending, i, b, c.direct) })
+			continue
+		}
 		g.Go(func() error {
 			if c.start != nil {
-				select {
-				case <-time.After(c.start(i)):
-				case <-gctx.Done():
-					return context.Cause(gctx)
+				if err := wait(gctx, c.start(i)); err != nil {
+					return err
 				}
 			}
 			p.started[i] = time.Since(began).Seconds()
 			err := r.curl(gctx, i, b, c.direct)
-			if c.doomed != nil && c.doomed(i) {
-				return nil
-			}
 			p.ended[i] = time.Since(began).Seconds()
 			return err
 		})
@@ -198,26 +240,46 @@ func (r *region) pull(ctx context.Context, b blob, c crowd) (*pull, error) {
 	if c.during != nil {
 		g.Go(func() error { return c.during(gctx) })
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
+	err := g.Wait()
+	stop()
+	doomed.Wait()
+	return err
+}
+
+// wait returns after so many seconds, or with ctx's error.
+func wait(ctx context.Context, seconds float64) error {
+	select {
+	case <-time.After(time.Duration(seconds * float64(time.Second))):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	p.wall = time.Since(began).Seconds()
-	p.cpu, p.machine = r.cpu()-cpu, machineTime()-machine
+}
+
+// counts are copies of the blob: those the origin has sent of it since it was
+// told to forget, those the supernode has sent in all, and those that have come
+// into zones in all.
+func (r *region) counts(ctx context.Context, b blob) (copies [3]float64, err error) {
 	requests, err := r.origin.Requests()
 	if err != nil {
-		return nil, err
+		return copies, err
 	}
+	var bytes [3]int64
 	for _, q := range requests {
 		if q.Content() && strings.HasSuffix(q.Path, b.digest) {
-			p.origin += float64(q.Bytes) / float64(b.size)
+			bytes[0] += q.Bytes
 		}
 	}
-	now, err := r.super.Sent(ctx)
-	if err != nil {
-		return nil, err
+	if bytes[1], err = r.super.Sent(ctx); err != nil {
+		return copies, err
 	}
-	p.super = float64(now-sent) / float64(b.size)
-	return p, r.check(b, c)
+	if bytes[2], err = r.super.Crossed(ctx); err != nil {
+		return copies, err
+	}
+	for k := range bytes {
+		copies[k] = float64(bytes[k]) / float64(b.size)
+	}
+	return copies, nil
 }
 
 // file is where host i's engine puts what it pulls.
@@ -237,7 +299,7 @@ func (r *region) curl(ctx context.Context, i int, b blob, direct bool) error {
 // check verifies what the crowd has pulled, and takes it away.
 func (r *region) check(b blob, c crowd) error {
 	for _, i := range c.hosts {
-		if c.doomed != nil && c.doomed(i) {
+		if !c.lives(i) {
 			continue
 		}
 		file, err := os.Open(r.file(i))
