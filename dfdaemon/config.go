@@ -55,8 +55,8 @@ func Default() Config {
 		MetricsListen: "127.0.0.1:65003",
 		Socket:        "/run/damselfly/dfdaemon.sock",
 		Quota:         20 << 30,
-		UpLanes:       4,
-		DownLanes:     4,
+		UpLanes:       3,
+		DownLanes:     3,
 		Registries:    registryproxy.Config{Default: "docker.io"},
 	}
 }

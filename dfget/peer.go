@@ -23,7 +23,7 @@ import (
 )
 
 const (
-	defaultLanes = 4
+	defaultLanes = 3
 	dialTimeout  = 2 * time.Second
 )
 
@@ -41,7 +41,7 @@ type PeerConfig struct {
 	// Zone and Rack say where the host stands; hosts near by are preferred.
 	Zone, Rack string
 	// UpLanes and DownLanes are how many transfers share the host's bandwidth each
-	// way; 0 is 4. They should be equal: downloads that outnumber uploads starve
+	// way; 0 is 3. They should be equal: downloads that outnumber uploads starve
 	// each other. More lanes make each slower and take a piece of memory each.
 	UpLanes, DownLanes int
 }

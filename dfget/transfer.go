@@ -44,9 +44,8 @@ type transfer struct {
 	session      *session
 	ctx          context.Context
 	cancel       context.CancelCauseFunc
-	over         chan struct{} // closed when it has ended
-	left         int64         // bytes that have not come
-	told         bool          // that the last ones are on their way
+	left         int64 // bytes that have not come
+	told         bool  // that the last ones are on their way
 }
 
 // failure is why a transfer ended early.
@@ -59,12 +58,11 @@ type failure struct {
 func (f *failure) Error() string { return f.err.Error() }
 func (f *failure) Unwrap() error { return f.err }
 
-// assigned begins a transfer, at once or when the one it names has ended. The
-// lanes are the supernode's to count; what it assigns beyond all measure is Busy.
+// assigned begins a transfer. The lanes are the supernode's to count; what it
+// assigns beyond all measure is Busy.
 func (p *Peer) assigned(s *session, a api.Assign) {
 	tr := &transfer{
 		id: a.Transfer, first: a.First, count: a.Count, parent: s.base, source: sourceSupernode, session: s,
-		over: make(chan struct{}),
 	}
 	if a.Parent != "" {
 		tr.parent, tr.source = "http://"+a.Parent, sourcePeer
@@ -86,7 +84,6 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 	tr.ctx, tr.cancel = context.WithCancelCause(s.life)
 	p.coming++
 	t.coming++
-	before := s.running[a.After]
 	s.running[a.Transfer] = tr
 	p.mu.Unlock()
 	if a.Data != nil {
@@ -94,12 +91,6 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 		return
 	}
 	p.group.Go(func() error {
-		if before != nil {
-			select {
-			case <-before.over:
-			case <-tr.ctx.Done():
-			}
-		}
 		p.run(tr)
 		return nil
 	})
@@ -304,7 +295,6 @@ func (p *Peer) done(tr *transfer, i int) {
 func (p *Peer) ended(tr *transfer, err error) {
 	cancelled := context.Cause(tr.ctx) == errCancelled //nolint:errorlint // it is that very one or none
 	tr.cancel(nil)
-	defer close(tr.over)
 	result, broken := resultOK, false
 	fail, failed := errors.AsType[*failure](err)
 	if failed {

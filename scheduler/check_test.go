@@ -198,10 +198,8 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 		return fmt.Errorf("has ended")
 	case p.host.banned:
 		return fmt.Errorf("has a banned parent")
-	case tr.reopened && !tr.late, tr.late && (tr.before != nil || tr.next != nil), tr.before != nil && tr.next != nil:
-		return fmt.Errorf("late %v reopened %v before %v next %v", tr.late, tr.reopened, tr.before != nil, tr.next != nil)
-	case tr.next != nil && (tr.next.before != tr || tr.next.child.host != c.host || tr.next.parent.host != p.host):
-		return fmt.Errorf("is followed by a stranger")
+	case tr.reopened && !tr.late:
+		return fmt.Errorf("is reopened, and not late")
 	}
 	for i := range c.task.n {
 		if tr.covers(i) && !p.have.has(i) {
@@ -215,15 +213,12 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 }
 
 func checkHost(h *host) error {
-	in, thin, ahead, reopened := 0, 0, 0, 0
+	in, thin, reopened := 0, 0, 0
 	for _, tr := range h.downs {
 		if tr.reopened {
 			reopened++
 		}
-		switch {
-		case tr.before != nil:
-			ahead++
-		case !tr.reopened:
+		if !tr.reopened && !tr.soon {
 			in++
 			if tr.thinDown {
 				thin++
@@ -233,27 +228,24 @@ func checkHost(h *host) error {
 	if reopened != h.reopened {
 		return fmt.Errorf("%d downloads reopened, counted %d", reopened, h.reopened)
 	}
-	if in != h.in || thin != h.thinIn || ahead > in {
-		return fmt.Errorf("%d download lanes in use, %d thinly, and %d ahead, counted %d and %d", in, thin, ahead, h.in, h.thinIn)
+	if in != h.in || thin != h.thinIn {
+		return fmt.Errorf("%d download lanes in use, %d thinly, counted %d and %d", in, thin, h.in, h.thinIn)
 	}
 	if in-min(thin, h.down) > h.down || len(h.downs) > most*h.down {
 		return fmt.Errorf("%d downloads, %d download lanes in use of %d, %d thinly", len(h.downs), in, h.down, thin)
 	}
 	out := 0
-	thin, ahead = 0, 0
+	thin = 0
 	for _, tr := range h.ups {
-		switch {
-		case tr.before != nil:
-			ahead++
-		case !tr.late:
+		if !tr.late && !tr.soon {
 			out++
 			if tr.thinUp {
 				thin++
 			}
 		}
 	}
-	if out != h.out || thin != h.thinOut || ahead > out {
-		return fmt.Errorf("%d upload lanes in use, %d thinly, and %d ahead, counted %d and %d", out, thin, ahead, h.out, h.thinOut)
+	if out != h.out || thin != h.thinOut {
+		return fmt.Errorf("%d upload lanes in use, %d thinly, counted %d and %d", out, thin, h.out, h.thinOut)
 	}
 	if out-min(thin, h.up) > h.up || len(h.ups) > most*h.up {
 		return fmt.Errorf("%d uploads, %d upload lanes in use of %d, %d thinly", len(h.ups), out, h.up, thin)
@@ -272,7 +264,7 @@ func checkLinks(s *Scheduler) error {
 		}
 	}
 	for _, tr := range s.transfers {
-		if tr.link != nil && tr.before == nil {
+		if tr.link != nil && !tr.soon {
 			in[tr.link]++
 			out[tr.parent.host.link]++
 		}

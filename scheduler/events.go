@@ -220,7 +220,7 @@ func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int) {
 func (s *Scheduler) Soon(now time.Time, host HostID, id TransferID) {
 	s.clock(now)
 	tr := s.find(id)
-	if tr == nil || tr.child.host.id != host || tr.before != nil || tr.soon || tr.late || tr.next != nil {
+	if tr == nil || tr.child.host.id != host || tr.soon || tr.late {
 		return
 	}
 	tr.soon = true
@@ -238,9 +238,6 @@ func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failur
 		return
 	}
 	child, parent := tr.child.host, tr.parent.host
-	if tr.next != nil {
-		s.cancel(tr.next) // it would not fare better
-	}
 	s.end(tr)
 	switch why {
 	case Busy:
@@ -269,7 +266,7 @@ func (s *Scheduler) Tick(now time.Time) {
 		return !h.resting
 	})
 	for _, tr := range s.transfers {
-		if tr.child != nil && tr.before == nil && !tr.reopened && s.lags(tr) {
+		if tr.child != nil && !tr.reopened && s.lags(tr) {
 			s.lagging(tr)
 		}
 	}
@@ -341,11 +338,6 @@ func (s *Scheduler) changed(p *peer) {
 	}
 	s.offer(p)
 	s.queue(p.host)
-	if p.host.seed {
-		for _, tr := range p.host.ups {
-			s.follow(tr)
-		}
-	}
 }
 
 // detach takes p out of its task and its host, with its transfers.

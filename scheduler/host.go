@@ -44,7 +44,7 @@ type host struct {
 }
 
 // most is how many transfers for each of its lanes a host has at most: one that
-// runs, one ahead, and as many that lag or leave most of a lane free.
+// runs, one that ends soon, and one that lags or leaves most of a lane free.
 const most = 3
 
 // sends tells whether h has an upload lane free. A slow host has but one.
@@ -68,7 +68,7 @@ func (h *host) receives(now time.Duration, slow bool) bool {
 // gets tells whether h gets something from parent now.
 func (h *host) gets(parent *host) bool {
 	for _, tr := range h.downs {
-		if tr.parent.host == parent {
+		if tr.parent.host == parent && !tr.soon {
 			return true
 		}
 	}

@@ -2,7 +2,7 @@ package scheduler
 
 // match gives lanes to whoever has use for them, until nothing that changed is
 // left to look at: first the upload lanes, each to one of the hungry, then the
-// download lanes that are still free; and at last it looks ahead.
+// download lanes that are still free.
 func (s *Scheduler) match() {
 	for len(s.work) > 0 {
 		work := s.work
@@ -18,12 +18,6 @@ func (s *Scheduler) match() {
 			s.fill(h)
 		}
 	}
-	for _, id := range s.ahead {
-		if tr := s.find(id); tr != nil && tr.before == nil && !tr.late && tr.next == nil {
-			s.lookAhead(tr)
-		}
-	}
-	s.ahead = s.ahead[:0]
 }
 
 // queue has match look at h.
@@ -89,11 +83,11 @@ func (s *Scheduler) lendTo(p *peer) bool {
 		if child.host.gets(p.host) {
 			return false
 		}
-		s.assignRun(child, p, s.pieceFor(child, p), nil)
+		s.assignRun(child, p, s.pieceFor(child, p))
 		return true
 	}
 	if i := s.freshFor(child, p); i >= 0 {
-		s.assignRun(child, p, i, nil)
+		s.assignRun(child, p, i)
 		return true
 	}
 	return s.feed(child)
@@ -110,80 +104,8 @@ func (s *Scheduler) fill(h *host) {
 	}
 }
 
-// follow has match decide what tr's lanes are to do after it.
-func (s *Scheduler) follow(tr *transfer) { s.ahead = append(s.ahead, tr.id) }
-
-// lookAhead gives tr's two lanes their next assignment before tr ends. Lanes
-// that stay together end together, so neither ever waits for the other; what
-// waits ahead for two lanes that end at different times idles one of them. But
-// lanes that never part would spread nothing, so they part when the parent has
-// something for one who gets nothing at all, or as rare for another as for c.
-func (s *Scheduler) lookAhead(tr *transfer) {
-	c, p := tr.child.host, tr.parent.host
-	if s.slow(c.recvRate) || s.slow(p.sendRate) || s.shuns(c, p) || s.now < p.sendRests ||
-		len(p.ups) >= most*p.up || len(c.downs) >= most*c.down {
-		return
-	}
-	for range c.wanting {
-		c.turn++
-		child, parent := c.wanting[c.turn%len(c.wanting)], tr.parent
-		if child.task != parent.task {
-			parent = p.peers[child.task.id]
-		}
-		if child.needs == 0 || parent == nil {
-			continue
-		}
-		i := s.nextFor(child, parent)
-		if i < 0 {
-			continue
-		}
-		if other := s.childFor(parent); other == nil || other.host == c || !s.prior(other, child, parent, i) {
-			s.assignRun(child, parent, i, tr)
-		}
-		return
-	}
-}
-
-// nextFor returns the piece for c to get from p ahead, or -1. A seed sends
-// ahead only what it has sent to nobody.
-func (s *Scheduler) nextFor(c, p *peer) int {
-	if crosses(c, p) && !s.goesOn(c, p) {
-		return -1
-	}
-	if p.host.seed {
-		return s.freshFor(c, p)
-	}
-	if firstBut(c.need, p.have, barred(c, p), 0) < 0 {
-		return -1
-	}
-	return s.pieceFor(c, p)
-}
-
-// goesOn tells whether c may go on getting from p what crosses.
-func (s *Scheduler) goesOn(c, p *peer) bool {
-	in, out := &c.zone.link.in, p.host.link
-	return in.flows <= in.window && (out == nil || out.out.flows <= out.out.window)
-}
-
-// prior tells whether p's next free lane is for other before it is for c, who
-// would get piece i. What crosses goes on crossing, but from a seed only when
-// its own zone has no use for it.
-func (s *Scheduler) prior(other, c, p *peer, i int) bool {
-	if crosses(c, p) && !crosses(other, p) {
-		return p.host.seed
-	}
-	if its, class := s.class(other.host.recvRate), s.class(c.host.recvRate); p.host.seed && its != class {
-		return its > class
-	}
-	if other.host.in == 0 {
-		return true
-	}
-	copies := p.task.all.copies
-	return !p.host.seed && copies[s.pieceFor(other, p)] <= copies[i]
-}
-
 // assignRun assigns piece i and as many after it as one transfer should bring.
-func (s *Scheduler) assignRun(child, parent *peer, i int, before *transfer) {
+func (s *Scheduler) assignRun(child, parent *peer, i int) {
 	t, count := child.task, 1
 	copied, no := copied(child, parent), barred(child, parent)
 	fresh := !copied.has(i)
@@ -196,7 +118,7 @@ func (s *Scheduler) assignRun(child, parent *peer, i int, before *transfer) {
 	if fresh {
 		t.fresh = i + count
 	}
-	s.assign(child, parent, i, count, before)
+	s.assign(child, parent, i, count)
 }
 
 // run returns the most pieces of a transfer to child.

@@ -175,7 +175,7 @@ func (s *Scheduler) feedWanted(c *peer) bool {
 			return false
 		}
 		if p := s.parentFor(c, i, s.sourceOf(c, i)); p != nil {
-			s.assignRun(c, p, i, nil)
+			s.assignRun(c, p, i)
 			return true
 		}
 		if !c.zone.copied.has(i) && s.feedFresh(c) {
@@ -211,7 +211,7 @@ func (s *Scheduler) feedAcross(c *peer) bool {
 			continue
 		}
 		if p := s.parentFor(c, x.piece, t.all); p != nil {
-			s.assign(c, p, x.piece, 1, nil)
+			s.assign(c, p, x.piece, 1)
 			return true
 		}
 	}
@@ -222,7 +222,7 @@ func (s *Scheduler) feedAcross(c *peer) bool {
 func (s *Scheduler) feedFresh(c *peer) bool {
 	for _, p := range c.task.seeds {
 		if i := s.freshFor(c, p); i >= 0 && s.seedSends(p, c) && s.mayBring(c, p) {
-			s.assignRun(c, p, i, nil)
+			s.assignRun(c, p, i)
 			return true
 		}
 	}
@@ -277,7 +277,7 @@ func (s *Scheduler) feedRare(c *peer) bool {
 	s.draw(c.need, c.zone.held, nil, c.zone.copies)
 	for _, x := range s.sample {
 		if p := s.parentFor(c, x.piece, c.zone); p != nil {
-			s.assignRun(c, p, x.piece, nil)
+			s.assignRun(c, p, x.piece)
 			return true
 		}
 	}
@@ -292,7 +292,7 @@ func (s *Scheduler) feedRare(c *peer) bool {
 		p := t.peers[at]
 		at++
 		if s.hasRoom(p) && !s.shuns(c.host, p.host) && firstBoth(c.need, p.have, 0) >= 0 {
-			s.assignRun(c, p, s.pieceFor(c, p), nil)
+			s.assignRun(c, p, s.pieceFor(c, p))
 			return true
 		}
 	}
@@ -306,13 +306,13 @@ func (s *Scheduler) feedRare(c *peer) bool {
 func (s *Scheduler) feedAgain(c *peer) bool {
 	t := c.task
 	for _, p := range t.seeds {
-		idle := p.host.out == 0 && c.host.in == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
+		idle := len(p.host.ups) == 0 && len(c.host.downs) == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
 		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || !s.mayBring(c, p) {
 			s.offer(p)
 			continue
 		}
 		if firstBut(c.need, p.have, barred(c, p), 0) >= 0 {
-			s.assignRun(c, p, s.pieceFor(c, p), nil)
+			s.assignRun(c, p, s.pieceFor(c, p))
 			return true
 		}
 	}

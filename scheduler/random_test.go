@@ -53,10 +53,6 @@ func (r *region) settle() error {
 		switch {
 		case r.ever[d.Transfer]:
 			return fmt.Errorf("%+v is told twice", d)
-		case d.After != 0 && !slices.ContainsFunc(r.told, func(o Decision) bool {
-			return o.Transfer == d.After && o.Host == d.Host && o.Parent == d.Parent
-		}):
-			return fmt.Errorf("%+v waits for nothing", d)
 		case child == nil || parent == nil:
 			return fmt.Errorf("%+v for who has not joined", d)
 		case d.Count < 1 || d.First < 0 || d.First+d.Count > r.n[d.Task]:
@@ -77,14 +73,12 @@ func (r *region) settle() error {
 
 // follow carries on one assignment that may be carried on, if there is one.
 func (r *region) follow() {
-	for range 20 {
-		if len(r.told) == 0 {
-			return
-		}
+	if len(r.told) > 0 {
 		i := r.rnd.IntN(len(r.told))
 		d := r.told[i]
-		if slices.ContainsFunc(r.told, func(o Decision) bool { return o.Transfer == d.After }) {
-			continue
+		if r.rnd.IntN(3) == 0 {
+			r.s.Soon(r.now, d.Host, d.Transfer)
+			return
 		}
 		why, fails := Failure(0), true
 		switch n := r.rnd.IntN(100); {
@@ -112,7 +106,6 @@ func (r *region) follow() {
 			set.Add(p)
 		}
 		r.s.Done(r.now, d.Host, d.Transfer, p)
-		return
 	}
 }
 

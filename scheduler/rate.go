@@ -37,7 +37,7 @@ func (r *rate) note(took time.Duration, bytes int64) {
 func (s *Scheduler) measure(tr *transfer, piece int) {
 	took, size := s.now-tr.since, tr.child.task.layout.Size(piece)
 	switch {
-	case tr.before != nil || size < pieces.MinPieceSize || took <= 0:
+	case size < pieces.MinPieceSize || took <= 0:
 	case tr.link != nil:
 		s.crossed(tr, took, size) // it says nothing of the hosts
 	default:

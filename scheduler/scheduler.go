@@ -45,14 +45,12 @@ const (
 )
 
 // Decision is for Host to follow. It begins what it is assigned at once and
-// side by side, whatever else it has under way, but a transfer that names
-// another in After begins when that one has ended in whatever way. What it has
-// already, by a transfer that was cancelled, it reports as Done at once. A
-// Cancel may come for a transfer that has ended meanwhile.
+// side by side, whatever else it has under way. What it has already, by a
+// transfer that was cancelled, it reports as Done at once. A Cancel may come for
+// a transfer that has ended meanwhile.
 type Decision struct {
 	Kind         Kind
 	Transfer     TransferID
-	After        TransferID // 0 for none
 	Task         TaskID
 	Host, Parent HostID
 	First, Count int  // the run of pieces
@@ -106,9 +104,8 @@ type Scheduler struct {
 	transfers []*transfer // by slot
 	free      []*transfer // the slots no transfer is in
 
-	work    []*host      // whose lanes or needs have changed since the last match
-	ahead   []TransferID // those whose lanes may be given away ahead
-	spare   []*host      // work's other half
+	work    []*host // whose lanes or needs have changed since the last match
+	spare   []*host // work's other half
 	resting []*host
 	typical rate // the median of what hosts receive at
 	sample  []candidate

@@ -28,6 +28,7 @@ var rewrite = flag.Bool("rewrite", false, "write what the scripts in testdata gi
 //	join|hold|have|lost|want HOST TASK [none|all|FIRST-LAST]
 //	leave HOST TASK
 //	done #TRANSFER [PIECE] [as=HOST]
+//	soon #TRANSFER [as=HOST]
 //	fail #TRANSFER busy|gone|corrupt|cancelled [RETRY] [as=HOST]
 //	play COUNT     the COUNT oldest transfers that may begin come to their end
 //	wait DURATION
@@ -125,9 +126,6 @@ func (r *script) decisions() {
 		if d.Crosses {
 			fmt.Fprintf(&r.out, " crossing")
 		}
-		if d.After != 0 {
-			fmt.Fprintf(&r.out, " after #%d", r.number[d.After])
-		}
 		fmt.Fprintln(&r.out)
 	}
 }
@@ -175,7 +173,7 @@ func (r *script) command(name string, args []string) error {
 		s.Leave(r.now, HostID(num(0)), TaskID(num(1)))
 	case "join", "hold", "have", "lost", "want":
 		r.have(name, HostID(num(0)), TaskID(num(1)), append(args, "none")[2])
-	case "done", "fail":
+	case "done", "fail", "soon":
 		r.decisions()
 		return r.report(name, num(0), args[1:], option["as"])
 	case "play":
@@ -247,6 +245,10 @@ func (r *script) report(name string, n int, args []string, as string) error {
 		r.open = slices.DeleteFunc(r.open, func(o int) bool { return o == n })
 		return nil
 	}
+	if name == "soon" {
+		r.s.Soon(r.now, host, d.Transfer)
+		return nil
+	}
 	first, count := d.First, d.Count
 	if len(args) > 0 {
 		piece, err := strconv.Atoi(args[0])
@@ -268,14 +270,10 @@ func (r *script) report(name string, n int, args []string, as string) error {
 func (r *script) play(count int) error {
 	for range count {
 		r.decisions()
-		i := slices.IndexFunc(r.open, func(n int) bool {
-			after := r.told[n-1].After
-			return after == 0 || !slices.Contains(r.open, r.number[after])
-		})
-		if i < 0 {
+		if len(r.open) == 0 {
 			return nil
 		}
-		n := r.open[i]
+		n := r.open[0]
 		r.now = r.now.Add(10 * time.Millisecond)
 		fmt.Fprintf(&r.out, "#%d done\n", n)
 		if err := r.report("done", n, nil, ""); err != nil {

@@ -22,8 +22,6 @@ type transfer struct {
 	first, count  int
 	left          uint64        // pieces of the run that have not come, the first in the lowest bit
 	since         time.Duration // when it was told, became active or brought a piece, whatever was last
-	before        *transfer     // whose lanes it waits for; nil when it has lanes of its own
-	next          *transfer     // the one that waits for its lanes
 	thinUp        bool          // the child takes a fraction of what the parent's lane gives,
 	thinDown      bool          // or the parent gives a fraction of what the child's takes
 	link          *link         // that it crosses, where the rule is for it
@@ -45,10 +43,9 @@ func (s *Scheduler) find(id TransferID) *transfer {
 	return s.transfers[slot]
 }
 
-// assign makes child get the run from parent, on lanes of their own or, after
-// the transfer before, on its lanes. The child needs all of it and the parent
-// has all of it.
-func (s *Scheduler) assign(child, parent *peer, first, count int, before *transfer) {
+// assign makes child get the run from parent, on a lane of either. The child
+// needs all of it and the parent has all of it.
+func (s *Scheduler) assign(child, parent *peer, first, count int) {
 	c, p := child.host, parent.host
 	tr := s.newTransfer()
 	*tr = transfer{
@@ -65,16 +62,10 @@ func (s *Scheduler) assign(child, parent *peer, first, count int, before *transf
 	}
 	c.downs = append(c.downs, tr)
 	p.ups = append(p.ups, tr)
-	if before != nil {
-		tr.before, before.next = before, tr
-		s.decide(Assign, tr, before.id)
-		return
-	}
 	tr.thinUp = p.sendRate > 0 && c.recvRate > thinness*p.sendRate
 	tr.thinDown = c.recvRate > 0 && p.sendRate > thinness*c.recvRate
 	tr.occupy()
-	s.decide(Assign, tr, 0)
-	s.follow(tr)
+	s.decide(Assign, tr)
 }
 
 // occupy takes a lane for tr at both ends.
@@ -121,9 +112,9 @@ func (tr *transfer) vacate(up, down bool) {
 	}
 }
 
-func (s *Scheduler) decide(k Kind, tr *transfer, after TransferID) {
+func (s *Scheduler) decide(k Kind, tr *transfer) {
 	s.decisions = append(s.decisions, Decision{
-		Kind: k, Transfer: tr.id, Task: tr.child.task.id, After: after,
+		Kind: k, Transfer: tr.id, Task: tr.child.task.id,
 		Host: tr.child.host.id, Parent: tr.parent.host.id, First: tr.first, Count: tr.count,
 		Crosses: tr.child.host.zone != "" && tr.child.host.zone != tr.parent.host.zone,
 	})
@@ -141,8 +132,7 @@ func (s *Scheduler) newTransfer() *transfer {
 }
 
 // end takes tr from both hosts and gives back what it has not brought: to the
-// child, which needs it again, and to the count of copies. Its lanes go to the
-// transfer that waits for them, if any.
+// child, which needs it again, and to the count of copies.
 func (s *Scheduler) end(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
 	for left := tr.left; left != 0; left &= left - 1 {
@@ -161,17 +151,7 @@ func (s *Scheduler) end(tr *transfer) {
 	j, last := slices.Index(p.ups, tr), len(p.ups)-1
 	p.ups[j], p.ups[last] = p.ups[last], nil
 	p.ups = p.ups[:last]
-	if tr.before != nil {
-		tr.before.next = nil
-	} else {
-		tr.vacate(!tr.late && !tr.soon, !tr.reopened && !tr.soon)
-	}
-	if next := tr.next; next != nil {
-		next.before, next.since = nil, s.now
-		next.thinUp, next.thinDown = tr.thinUp, tr.thinDown
-		next.occupy()
-		s.follow(next)
-	}
+	tr.vacate(!tr.late && !tr.soon, !tr.reopened && !tr.soon)
 	*tr = transfer{id: tr.id + 1<<slotBits}
 	s.free = append(s.free, tr)
 	s.queue(p)
@@ -181,7 +161,7 @@ func (s *Scheduler) end(tr *transfer) {
 // cancel ends tr and tells the child.
 func (s *Scheduler) cancel(tr *transfer) {
 	if !tr.child.host.gone {
-		s.decide(Cancel, tr, 0)
+		s.decide(Cancel, tr)
 	}
 	s.end(tr)
 }
@@ -189,9 +169,6 @@ func (s *Scheduler) cancel(tr *transfer) {
 // yield takes the upload lane from tr: others may have it, and may be sent what
 // tr was to bring.
 func (s *Scheduler) yield(tr *transfer) {
-	if tr.next != nil {
-		s.cancel(tr.next)
-	}
 	tr.late = true
 	for left := tr.left; left != 0; left &= left - 1 {
 		s.dropCopy(tr.child, tr.first+bits.TrailingZeros64(left))

@@ -253,9 +253,6 @@ func (s *Scheduler) abandon(tr *transfer) {
 		l.pace = seen
 	}
 	l.pace += (seen - l.pace) / 8
-	if tr.next != nil {
-		s.cancel(tr.next)
-	}
 	if c.lastRecv <= tr.since && p.lastSent > tr.since {
 		s.undelivered(c)
 	}

@@ -51,7 +51,7 @@ func Default() Config {
 	return Config{
 		Listen:       "0.0.0.0:8002",
 		DataDir:      "/var/lib/damselfly/supernode",
-		UpLanes:      4,
+		UpLanes:      3,
 		Registries:   registryproxy.Config{Default: "docker.io"},
 		MaxHosts:     20000,
 		TagFreshness: 5 * time.Second,

@@ -178,7 +178,7 @@ func (r *region) decide() {
 			m.tell(t)
 		}
 		host.transfers[d.Transfer] = transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
-		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count, After: uint64(d.After)}
+		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count}
 		if d.Parent != seed {
 			a.Parent = r.hosts[d.Parent].addr
 			host.send(message{size: 96, add: func(b *api.Down) { b.Assign = append(b.Assign, a) }})

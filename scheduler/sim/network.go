@@ -16,6 +16,7 @@ const (
 
 	tickEvery = 0.1 // seconds, as the supernode does
 	downAfter = 1.0 // seconds from a host's death to the end of its session
+	soon      = -1  // the piece of a report that a transfer ends soon
 )
 
 // network is a scenario under way. Hosts follow decisions as scheduler.Decision
@@ -63,8 +64,7 @@ type node struct {
 	result   *HostResult
 }
 
-// flow is an assignment: it waits for the one before it, then for its first
-// byte, then it flows.
+// flow is an assignment: it waits for its first byte, then it flows.
 type flow struct {
 	d        scheduler.Decision
 	to, from *node
@@ -75,8 +75,9 @@ type flow struct {
 	left     float64 // bytes of it, at the time since
 	since    float64
 	rate     float64
-	due      float64
-	place    int // in arrivals, or -1
+	due      float64 // when the piece will have come, or the flow is to end soon
+	place    int     // in arrivals, or -1
+	soon     bool    // that it ends soon was told
 	started  bool
 	flowing  bool
 	stopped  bool
@@ -88,7 +89,7 @@ type (
 		at    float64
 		host  scheduler.HostID
 		id    scheduler.TransferID
-		piece int                             // -1 when not the report of a piece
+		piece int                             // or soon
 		do    func(now time.Time, s *network) // then
 	}
 	// order is on its way to a host.
@@ -220,6 +221,10 @@ func (n *network) step() {
 				r.do(now, n)
 				return
 			}
+			if r.piece == soon {
+				n.sched.Soon(now, r.host, r.id)
+				return
+			}
 			n.sched.Done(now, r.host, r.id, r.piece)
 		})
 	}
@@ -297,11 +302,8 @@ func (n *network) follow(d scheduler.Decision) {
 		return
 	}
 	f := &flow{d: d, to: x, from: n.nodes[d.Parent], piece: d.First, place: -1}
-	waits := slices.ContainsFunc(x.flows, func(g *flow) bool { return g.d.Transfer == d.After })
 	x.flows = append(x.flows, f)
-	if !waits {
-		n.start(f)
-	}
+	n.start(f)
 }
 
 // start has f ask for its pieces, after those it has already.
@@ -353,7 +355,7 @@ func (n *network) begin(f *flow) {
 	n.fair(f)
 }
 
-// stop ends f, and starts what waits for that.
+// stop ends f.
 func (n *network) stop(f *flow) {
 	f.stopped = true
 	f.to.flows = without(f.to.flows, f)
@@ -365,11 +367,6 @@ func (n *network) stop(f *flow) {
 		n.arrivals.remove(f)
 		f.detach()
 		n.fair(f)
-	}
-	// A transfer has but one that waits for it.
-	next := func(g *flow) bool { return g.d.After == f.d.Transfer && !g.started }
-	if i := slices.IndexFunc(f.to.flows, next); i >= 0 {
-		n.start(f.to.flows[i])
 	}
 }
 
@@ -387,12 +384,33 @@ func (n *network) setRate(f *flow, rate float64) {
 	}
 	f.left = max(f.left-f.rate*(n.now-f.since), 0)
 	f.since, f.rate = n.now, rate
-	f.due = n.now + f.left/rate
+	n.expect(f)
+}
+
+// expect sets when something of f is to be told next.
+func (n *network) expect(f *flow) {
+	f.due = n.now + max(f.left-n.lead(f), 0)/f.rate
 	n.arrivals.fix(f)
 }
 
-// arrived notes the piece that f has brought.
+// lead is how many bytes before its end f is told to end soon: as many as come
+// until the next transfer's first byte, which dfget knows by what it measures. 0
+// when f is not in its last piece, or was told.
+func (n *network) lead(f *flow) float64 {
+	if f.soon || f.piece+1 < f.d.First+f.d.Count {
+		return 0
+	}
+	return min((2*n.Control+n.Request).Seconds()*f.rate, float64(n.Layout.Size(f.piece))/2)
+}
+
+// arrived notes the piece that f has brought, or that it will end soon.
 func (n *network) arrived(f *flow) {
+	if n.lead(f) > 0 {
+		f.left, f.since, f.soon = max(f.left-f.rate*(n.now-f.since), 0), n.now, true
+		n.up.push(report{at: n.now + n.Control.Seconds(), host: f.to.id, id: f.d.Transfer, piece: soon})
+		n.expect(f)
+		return
+	}
 	x, size := f.to, n.Layout.Size(f.piece)
 	f.from.result.Sent += size
 	x.result.Received += size
@@ -416,8 +434,7 @@ func (n *network) arrived(f *flow) {
 		return
 	}
 	f.left, f.since = float64(n.Layout.Size(f.piece)), n.now
-	f.due = n.now + f.left/f.rate
-	n.arrivals.fix(f)
+	n.expect(f)
 }
 
 // lost no longer waits for x.

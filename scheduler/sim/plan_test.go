@@ -62,7 +62,7 @@ func TestSVGIsXML(t *testing.T) {
 // What no supernode is known to do is not promised in silence.
 func TestReportWarnsOfManyAssignments(t *testing.T) {
 	p := smallPlan()
-	p.Hosts, p.HostLink, p.SupernodeUp = 300, 10e9, 10e9
+	p.Hosts, p.HostLink, p.SupernodeUp = 400, 10e9, 10e9
 	says := func() string {
 		var b bytes.Buffer
 		require.NoError(t, planned(t, p).Text(&b))

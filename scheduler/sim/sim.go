@@ -98,7 +98,7 @@ const (
 
 // Lanes and delays of Crowd: those of the daemons as installed, in a datacenter.
 const (
-	DefaultLanes   = 4
+	DefaultLanes   = 3
 	DefaultControl = time.Millisecond
 	DefaultRequest = 500 * time.Microsecond
 )

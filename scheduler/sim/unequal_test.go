@@ -35,7 +35,7 @@ func TestFastHostsBesideSlowOnes(t *testing.T) {
 		}), func(s *Scenario) { s.Seeds[0].Uplink, s.Origin = 10*testLink, 10*testLink })
 		s.Random = seed
 		r := run(t, s)
-		expect(t, "stretch of those ten times as fast", stretch(s, r, third), 1, 1.5)
+		expect(t, "stretch of those ten times as fast", stretch(s, r, third), 1, 1.8)
 		expect(t, "stretch of the others", stretch(s, r, others), 1, 1.05)
 	}
 }
@@ -45,7 +45,7 @@ func TestCrowdOnTheLab(t *testing.T) {
 	for _, c := range []struct {
 		hosts, lanes int
 		least        float64
-	}{{8, 2, 0.93}, {8, 4, 0.92}, {16, 2, 0.91}, {16, 4, 0.91}, {30, 2, 0.9}, {30, 4, 0.9}} {
+	}{{8, 2, 0.95}, {8, 4, 0.94}, {16, 2, 0.94}, {16, 4, 0.92}, {30, 2, 0.93}, {30, 4, 0.92}} {
 		for seed := range uint64(3) {
 			s := crowd(c.hosts, lanes(c.lanes), lab)
 			s.Random = seed

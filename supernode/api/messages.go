@@ -175,9 +175,6 @@ type Assign struct {
 	Count    int    `cbor:"4,keyasint"`
 	Parent   string `cbor:"5,keyasint,omitempty"` // host:port; "" is the supernode itself
 	Data     []byte `cbor:"6,keyasint,omitempty"` // the run's bytes, when they are few: nothing to fetch
-	// After names a transfer of this host that must have ended, in whatever way,
-	// before this one begins; 0, or one that is over, is none.
-	After uint64 `cbor:"7,keyasint,omitempty"`
 }
 
 // Invalidate tells the host to drop what it has of a task: the content turned
