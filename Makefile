@@ -35,8 +35,8 @@ demo: ## one image to six hosts, with and without Damselfly (root: on shaped lin
 	$(GO) run -tags $(TAGS) ./test/demo $(DEMOFLAGS)
 
 bench: build ## speed, CPU and memory against their bounds (root; ~40 min; docs/performance.md)
+	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchmem ./pieces/...
 	$(GO) run -tags $(TAGS) ./test/bench $(BENCHFLAGS)
-	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchmem ./pieces/... ./scheduler/...
 
 fuzz: ## every fuzz test for FUZZTIME (1m) each
 	test/fuzz.sh $${FUZZTIME:-1m}

@@ -69,10 +69,26 @@ func TestScenarios(t *testing.T) {
 		require.GreaterOrEqual(t, seen[name], limits[0], name)
 		require.LessOrEqual(t, seen[name], limits[1], name)
 	}
-	require.NoError(t, e.draw(filepath.Join(dir, "picture.svg")))
-	picture, err := os.ReadFile(filepath.Join(dir, "picture.svg"))
+}
+
+func TestPicture(t *testing.T) {
+	e := env{rows: []row{
+		{Scenario: "flash", Name: "8 hosts: efficiency", Figure: 0.95},
+		{Scenario: "flash", Name: "8 hosts: efficiency, direct", Figure: 0.12},
+		{Scenario: "flash", Name: "16 hosts: efficiency", Figure: 0.91},
+		{Scenario: "flash", Name: "16 hosts: efficiency, direct", Figure: 0.06},
+		{Scenario: "rich", Name: "16 hosts: efficiency", Figure: 0.99},
+	}}
+	file := filepath.Join(t.TempDir(), "picture.svg")
+	require.NoError(t, e.draw(file))
+	text, err := os.ReadFile(file)
 	require.NoError(t, err)
-	wellFormed(t, string(picture))
+	picture := string(text)
+	wellFormed(t, picture)
+	require.NotContains(t, picture, "%!")
+	require.Contains(t, picture, ">0.91 to 0.95<")
+	require.Contains(t, picture, ">0.06 to 0.12<")
+	require.Error(t, new(env).draw(file), "nothing was measured")
 }
 
 func wellFormed(t *testing.T, text string) {

@@ -40,6 +40,7 @@ type outcome struct {
 	bound           float64 // seconds
 	pulls           []*pull // at that rate, of every run
 	direct          *pull
+	directSize      int64
 	super, dfdaemon float64 // peak memory in MiB
 }
 
@@ -59,7 +60,7 @@ func (s swarm) measure(ctx context.Context, e *env) (*outcome, error) {
 // at measures at the swarm's rate. It returns nothing when the processors were
 // the limit, unless this is the final rate.
 func (s swarm) at(ctx context.Context, e *env, final bool) (*outcome, error) {
-	o := &outcome{layout: s.layout(s.rate), rate: s.rate, size: s.size}
+	o := &outcome{layout: s.layout(s.rate), rate: s.rate, size: s.size, directSize: s.direct}
 	o.name = fmt.Sprintf("%s @ %v, %d MiB: ", s.name, s.rate, s.size>>20)
 	o.bound = o.layout.bound(s.size)
 	o.hostFlags = append(o.hostFlags, quota(s.size))
@@ -136,6 +137,11 @@ func (o *outcome) perGiB(figure float64) float64 {
 	return figure / float64(o.size) / float64(len(o.hosts)) * (1 << 30)
 }
 
+// direct adds a row of the efficiency without Damselfly.
+func (e *env) direct(o *outcome) {
+	e.tell(o.name+"efficiency, direct", "", o.layout.bound(o.directSize)/o.direct.last())
+}
+
 // limited adds a row that says so when the processors were the limit.
 func (e *env) limited(o *outcome) {
 	e.atMost(o.name+"machine busy", "", tooBusy, o.each((*pull).busy)...)
@@ -152,13 +158,13 @@ func flash(ctx context.Context, e *env) error {
 	}
 	for _, c := range crowds {
 		s := flashCrowd(c.hosts, c.rate)
-		s.direct = s.size / 16
+		s.direct = s.size / 16 // it takes as many times longer as there are hosts
 		o, err := s.measure(ctx, e)
 		if err != nil {
 			return err
 		}
 		e.atLeast(o.name+"efficiency", "", 0.90, o.efficiency()...)
-		e.tell(o.name+"efficiency, direct", "", o.layout.bound(s.direct)/o.direct.last())
+		e.direct(o)
 		e.tell(o.name+"last host", "s", o.each((*pull).last)...)
 		e.tell(o.name+"bound", "s", o.bound)
 		e.atMost(o.name+"supernode copies", "", 1.15, o.each(superCopies)...)
@@ -182,7 +188,7 @@ func flashCrowd(hosts int, rate lab.Rate) swarm {
 // rich is a crowd beside a supernode and an origin with ten times its links.
 func rich(ctx context.Context, e *env) error {
 	o, err := swarm{
-		name: "a supernode with ten times the link, 16 hosts", size: mib64, rate: 50 * lab.Mbit,
+		name: "a supernode with ten times the link, 16 hosts", size: mib64, rate: 50 * lab.Mbit, direct: mib64,
 		layout: func(rate lab.Rate) layout {
 			l := equal(16, rate)
 			l.supernode, l.origin = 10*rate, 10*rate
@@ -193,6 +199,7 @@ func rich(ctx context.Context, e *env) error {
 		return err
 	}
 	e.atLeast(o.name+"efficiency", "", 0.92, o.efficiency()...)
+	e.direct(o)
 	e.tell(o.name+"supernode copies", "", o.each(superCopies)...)
 	e.once(o.name+"origin copies", o.each(originCopies)...)
 	e.limited(o)
@@ -205,7 +212,7 @@ func unequal(ctx context.Context, e *env) error {
 	const hosts = 15
 	slow := func(i int) bool { return i%3 == 2 }
 	o, err := swarm{
-		name: fmt.Sprintf("unequal links, %d hosts", hosts), size: mib64, rate: 50 * lab.Mbit,
+		name: fmt.Sprintf("unequal links, %d hosts", hosts), size: mib64, rate: 50 * lab.Mbit, direct: mib64 / 16,
 		layout: func(rate lab.Rate) layout {
 			l := equal(hosts, rate)
 			for i := range l.hosts {
@@ -232,6 +239,7 @@ func unequal(ctx context.Context, e *env) error {
 	}
 	e.atMost(o.name+"last fast host over its bound", "", 1.25, over(false, o.rate)...)
 	e.atMost(o.name+"last slow host over its bound", "", 1.15, over(true, o.rate/4)...)
+	e.direct(o)
 	e.once(o.name+"origin copies", o.each(originCopies)...)
 	e.limited(o)
 	return nil
