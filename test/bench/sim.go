@@ -68,7 +68,7 @@ func (e *env) besideLab(ctx context.Context, s swarm) error {
 	for run, p := range o.pulls {
 		twin := sim.Crowd(len(o.hosts), o.size, float64(o.rate)*payload/8)
 		rtt := time.Duration(waits[run] * float64(time.Second))
-		twin.Request, twin.Control = rtt, 750*time.Microsecond+rtt/2
+		twin.Request, twin.Control = rtt, sim.DefaultControl-sim.DefaultRequest/2+rtt/2
 		got, err := sim.Run(ctx, twin)
 		if err != nil {
 			return err
