@@ -137,14 +137,14 @@ func (p *Peer) serve(ctx context.Context, base string) (stood bool, err error) {
 	group.Go(func() error { return p.write(ctx, s) })
 	group.Go(func() error {
 		for {
-			down, err := s.conn.Read(ctx)
+			down, err := s.conn.Read(context.Background())
 			if err != nil {
 				return err
 			}
 			p.follow(s, down) // what is assigned may outlive the session
 		}
 	})
-	group.Go(func() error { // a Read or Write that does not see ctx ends with the connection
+	group.Go(func() error { // Read and Write end with the connection
 		<-ctx.Done()
 		s.conn.CloseNow()
 		return context.Cause(ctx)
@@ -253,7 +253,7 @@ func (p *Peer) write(ctx context.Context, s *session) error {
 			for _, m := range batch {
 				m.add(&up)
 			}
-			if err := s.conn.Write(ctx, up); err != nil {
+			if err := s.conn.Write(context.Background(), up); err != nil {
 				return err
 			}
 		}

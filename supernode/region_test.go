@@ -269,7 +269,7 @@ func TestSessionsThatDoNotKeepToTheProtocolEnd(t *testing.T) {
 
 func TestReaderThatFallsBehindLosesItsSession(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
-	s := &session{end: cancel, wake: make(chan struct{}, 1)}
+	s := &session{end: cancel, writing: true} // for ever
 	for range maxQueued / api.MaxInline {
 		s.send(message{size: api.MaxInline})
 	}

@@ -22,7 +22,6 @@ import (
 
 const (
 	helloTimeout = 5 * time.Second
-	writeTimeout = 10 * time.Second // for the welcome
 	joinTimeout  = time.Minute      // hosts turn elsewhere long before
 	smallTimeout = time.Second      // for all of a small content, before the answer
 	maxJoins     = 256              // joins of a session being answered
@@ -62,10 +61,12 @@ type session struct {
 	heldBytes int
 	transfers map[scheduler.TransferID]transfer
 
-	mu     sync.Mutex // guards what follows
-	queue  []message
-	queued int // bytes
-	wake   chan struct{}
+	mu      sync.Mutex // guards what follows
+	queue   []message
+	queued  int  // bytes
+	writing bool // by a goroutine of write
+	stopped bool // nothing is written any more
+	writes  sync.WaitGroup
 }
 
 // message is something to be told to a host, in its turn. add puts it into a
@@ -79,26 +80,37 @@ type message struct {
 // send queues m. It never waits: a host that does not read loses its session.
 func (s *session) send(m message) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped {
+		return
+	}
 	s.queue = append(s.queue, m)
-	s.queued += m.size + 64
-	full := s.queued > maxQueued
-	s.mu.Unlock()
-	if full {
+	if s.queued += m.size + 64; s.queued > maxQueued {
 		s.end(errSlow)
 	}
-	select {
-	case s.wake <- struct{}{}:
-	default:
+	if !s.writing {
+		s.writing = true
+		s.writes.Go(s.write)
 	}
 }
 
-// take returns what is queued. used, which is empty, is used for what comes then.
+// take returns what is queued, of which used, which is empty, is the place for
+// what comes then. Without anything there is no more writing.
 func (s *session) take(used []message) []message {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	q := s.queue
 	s.queue, s.queued = used, 0
+	s.writing = len(q) > 0
 	return q
+}
+
+// stop waits until nothing is written any more.
+func (s *session) stop() {
+	s.mu.Lock()
+	s.stopped, s.queue = true, nil
+	s.mu.Unlock()
+	s.writes.Wait()
 }
 
 // serveSession is the life of a session.
@@ -123,7 +135,6 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		joins:     make(chan struct{}, maxJoins),
 		holds:     map[pieces.TaskID]*holding{},
 		transfers: map[scheduler.TransferID]transfer{},
-		wake:      make(chan struct{}, 1),
 	}
 	hello, err := s.hello(ctx)
 	if err != nil {
@@ -132,17 +143,19 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	n.log.Info("session begins", zap.String("host", s.name), zap.String("remote", s.remote))
+	n.region.do(func() {
+		n.region.hostUp(s, hello)
+		s.send(message{size: 64, add: func(b *api.Down) {
+			b.Welcome = &api.Welcome{Version: api.Version, TicketKey: n.publicKey()}
+		}})
+	})
 	var wg sync.WaitGroup
-	n.region.ask(ctx, func() { n.region.hostUp(s, hello) })
-	if err := s.welcome(ctx); err != nil {
-		cancel(err)
-	}
-	wg.Go(func() { cancel(s.write(ctx)) })
 	wg.Go(func() { cancel(conn.KeepAlive(ctx)) })
 	cancel(s.read(ctx, &wg))
 	n.region.do(func() { n.region.hostDown(s) })
 	n.log.Info("session ends", zap.String("host", s.name), zap.Error(context.Cause(ctx)))
 	wg.Wait()
+	s.stop()
 }
 
 // hangUp closes the connection, which ends reading and writing, and says why
@@ -188,13 +201,6 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 	return h, nil
 }
 
-// welcome accepts the host, which the region knows by then.
-func (s *session) welcome(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
-	defer cancel()
-	return s.conn.Write(ctx, api.Down{Welcome: &api.Welcome{Version: api.Version, TicketKey: s.node.publicKey()}})
-}
-
 // read acts on what the host sends, until it goes.
 func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 	limit := rate.NewLimiter(itemsPerSecond, itemsAtOnce)
@@ -226,16 +232,14 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 	}
 }
 
-// write sends what is queued in batches.
-func (s *session) write(ctx context.Context) error {
+// write sends what is queued in batches, until nothing is left.
+func (s *session) write() {
 	var used []message
 	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-s.wake:
-		}
 		all := s.take(used)
+		if len(all) == 0 {
+			return
+		}
 		for q := all; len(q) > 0; {
 			var b api.Down
 			size := 0
@@ -246,7 +250,8 @@ func (s *session) write(ctx context.Context) error {
 				q = q[1:]
 			}
 			if err := s.conn.Write(context.Background(), b); err != nil { // hangUp ends it
-				return err
+				s.end(err)
+				return // and nobody else writes
 			}
 		}
 		used = nil

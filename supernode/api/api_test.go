@@ -75,7 +75,7 @@ func TestKeepAliveNoticesSilence(t *testing.T) {
 			return
 		}
 		defer c.CloseNow()
-		<-release // alive for TCP, and never answers a ping
+		<-release // alive for TCP, and never says a word
 	}))
 	defer srv.Close()
 	defer close(release)
@@ -102,10 +102,10 @@ func TestKeepAliveForgivesAnEndThatIsTooBusyToRead(t *testing.T) {
 	defer srv.Close()
 	c, err := Dial(t.Context(), srv.Client(), srv.URL)
 	require.NoError(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), SilenceLimit+PingEvery)
+	ctx, cancel := context.WithTimeout(t.Context(), SilenceLimit+2*BeatEvery)
 	defer cancel()
 	go func() { _, _ = c.Read(context.Background()) }()
-	require.ErrorIs(t, c.KeepAlive(ctx), context.DeadlineExceeded, "the busy end pings")
+	require.ErrorIs(t, c.KeepAlive(ctx), context.DeadlineExceeded, "the busy end beats")
 	require.Empty(t, busy, "nor does it take this end for dead")
 	c.CloseNow()
 	require.Error(t, <-busy)

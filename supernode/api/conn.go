@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -21,11 +22,11 @@ const (
 	// MaxInline bounds the data that comes with an Assign, in bytes.
 	MaxInline = 64 << 10
 
-	// PingEvery is how long an end says nothing, or hears nothing, until it asks
-	// whether the other is there.
-	PingEvery = 2 * time.Second
+	// BeatEvery is how often an end that says nothing shows that it is there, by
+	// an empty frame.
+	BeatEvery = 2 * time.Second
 	// SilenceLimit is when an end of which nothing has been heard is taken for dead.
-	SilenceLimit = 5 * time.Second
+	SilenceLimit = 3 * BeatEvery
 
 	maxBatch = 1 << 16  // elements of any list in a frame
 	maxKept  = 16 << 10 // bytes of a buffer that is used again
@@ -34,13 +35,11 @@ const (
 // Conn is one end of a session that reads In and writes Out. One goroutine may
 // read and another write.
 type Conn[In, Out any] struct {
-	ws    *websocket.Conn
-	began time.Time
-
-	// In nanoseconds since began.
-	sent    atomic.Int64 // when something was last written, or 0
-	writing atomic.Int64 // when the Write under way began; 0 for none
-	heard   atomic.Int64 // when the Read under way began or was last sent a ping or pong; 0 for none
+	ws      *websocket.Conn
+	frame   heard         // being read
+	reads   atomic.Uint64 // begun and ended: odd while one waits
+	writes  atomic.Uint64 // ended
+	beating atomic.Bool   // a beat is being written
 }
 
 // buffers are for frames on their way in or out.
@@ -56,10 +55,10 @@ func putBuffer(b *bytes.Buffer) {
 // Dial opens a session with the supernode at base, a URL without a path. The
 // client's Timeout must be 0; ctx bounds the dialling alone.
 func Dial(ctx context.Context, client *http.Client, base string) (*Conn[Down, Up], error) {
-	c := &Conn[Down, Up]{began: time.Now()}
+	c := &Conn[Down, Up]{}
 	var err error
 	c.ws, _, err = websocket.Dial(ctx, strings.TrimSuffix(base, "/")+SessionPath, //nolint:bodyclose // the library closes it
-		&websocket.DialOptions{HTTPClient: client, OnPingReceived: c.pinged, OnPongReceived: c.ponged})
+		&websocket.DialOptions{HTTPClient: client})
 	if err != nil {
 		return nil, fmt.Errorf("open session with %s: %w", base, err)
 	}
@@ -70,9 +69,9 @@ func Dial(ctx context.Context, client *http.Client, base string) (*Conn[Down, Up
 // Accept turns a request for SessionPath into the supernode's end of a session.
 // On an error the answer has been written.
 func Accept(w http.ResponseWriter, r *http.Request) (*Conn[Up, Down], error) {
-	c := &Conn[Up, Down]{began: time.Now()}
+	c := &Conn[Up, Down]{}
 	var err error
-	c.ws, err = websocket.Accept(w, r, &websocket.AcceptOptions{OnPingReceived: c.pinged, OnPongReceived: c.ponged})
+	c.ws, err = websocket.Accept(w, r, nil)
 	if err != nil {
 		return nil, fmt.Errorf("accept session: %w", err)
 	}
@@ -98,16 +97,12 @@ func (c *Conn[In, Out]) Read(ctx context.Context) (In, error) {
 	if err != nil {
 		return in, err
 	}
-	c.heard.Store(c.now())
-	defer c.heard.Store(0)
-	_, r, err := c.ws.Reader(ctx)
-	if err != nil {
-		return in, fmt.Errorf("read session: %w", err)
-	}
 	frame := buffers.Get().(*bytes.Buffer)
 	defer putBuffer(frame)
-	if _, err := frame.ReadFrom(r); err != nil {
-		return in, fmt.Errorf("read session: %w", err)
+	for frame.Len() == 0 {
+		if err := c.readFrame(ctx, frame); err != nil {
+			return in, fmt.Errorf("read session: %w", err)
+		}
 	}
 	if err := dec.Unmarshal(frame.Bytes(), &in); err != nil {
 		return in, fmt.Errorf("read session: malformed frame: %w", err)
@@ -115,86 +110,86 @@ func (c *Conn[In, Out]) Read(ctx context.Context) (In, error) {
 	return in, nil
 }
 
+func (c *Conn[In, Out]) readFrame(ctx context.Context, to *bytes.Buffer) error {
+	c.reads.Add(1)
+	defer c.reads.Add(1)
+	_, r, err := c.ws.Reader(ctx)
+	if err == nil {
+		c.frame = heard{r, &c.reads}
+		_, err = to.ReadFrom(&c.frame)
+	}
+	return err
+}
+
+// heard notes that something comes of a frame.
+type heard struct {
+	io.Reader
+	reads *atomic.Uint64
+}
+
+func (h *heard) Read(p []byte) (int, error) {
+	h.reads.Add(2)
+	return h.Reader.Read(p)
+}
+
 // Write sends one batch, which must stay below MaxFrame. After an error the
-// session is over. It costs least with a ctx that never ends: who does not read
-// loses the session by KeepAlive.
+// session is over. It costs least with a ctx that never ends, where CloseNow is
+// what ends it.
 func (c *Conn[In, Out]) Write(ctx context.Context, out Out) error {
 	frame := buffers.Get().(*bytes.Buffer)
 	defer putBuffer(frame)
 	if err := cbor.MarshalToBuffer(out, frame); err != nil {
 		return fmt.Errorf("write session: %w", err)
 	}
-	now := c.now()
-	c.sent.Store(now)
-	c.writing.Store(now)
-	defer c.writing.Store(0)
-	if err := c.ws.Write(ctx, websocket.MessageBinary, frame.Bytes()); err != nil {
+	return c.writeFrame(ctx, frame.Bytes())
+}
+
+func (c *Conn[In, Out]) writeFrame(ctx context.Context, frame []byte) error {
+	defer c.writes.Add(1)
+	if err := c.ws.Write(ctx, websocket.MessageBinary, frame); err != nil {
 		return fmt.Errorf("write session: %w", err)
 	}
 	return nil
 }
 
-// now is the time since the session began, never 0.
-func (c *Conn[In, Out]) now() int64 { return int64(time.Since(c.began)) | 1 }
-
-func (c *Conn[In, Out]) pinged(context.Context, []byte) bool {
-	c.sent.Store(c.now()) // the pong
-	c.heard.Store(c.now())
-	return true
-}
-
-func (c *Conn[In, Out]) ponged(context.Context, []byte) { c.heard.Store(c.now()) }
-
-// KeepAlive pings when this end has said or heard nothing for PingEvery, until
-// ctx ends. It is an error when the other end says nothing for SilenceLimit while
-// this one Reads, or takes nothing of a Write for as long.
+// KeepAlive shows the other end that this one is there, until ctx ends. It is
+// an error when nothing comes from the other end for SilenceLimit while this one
+// Reads. Who is slow to read is not dead: he says so, and what waits to be
+// written is the writer's to bound. Time is counted in beats, so that a machine
+// that stood still takes nobody for dead.
 func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
-	t := time.NewTimer(PingEvery)
+	t := time.NewTicker(BeatEvery)
 	defer t.Stop()
 	broken := make(chan error, 1)
-	for {
+	var read, written uint64
+	for silent := time.Duration(0); silent < SilenceLimit; {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case err := <-broken:
-			return fmt.Errorf("ping session: %w", err)
+			return err
 		case <-t.C:
 		}
-		now := c.now()
-		silent := since(now, &c.heard)
-		if max(silent, since(now, &c.writing)) >= SilenceLimit {
-			return fmt.Errorf("session silent for %v", SilenceLimit)
+		silent += BeatEvery
+		if now := c.reads.Load(); now != read || now%2 == 0 {
+			read, silent = now, 0
 		}
-		next := min(PingEvery-max(silent, time.Duration(now-c.sent.Load())), SilenceLimit-silent)
-		if next <= 0 {
-			next = min(PingEvery, SilenceLimit-silent)
-			c.sent.Store(now)
-			go c.ping(ctx, broken) // its pong may be late, and the next must not wait for that
+		if now := c.writes.Load(); now != written {
+			written = now
+		} else if c.beating.CompareAndSwap(false, true) {
+			go c.beat(broken) // the other end may be slow to read
 		}
-		t.Reset(next)
 	}
+	return fmt.Errorf("session silent for %v", SilenceLimit)
 }
 
-// since is how long before now what at says was; 0 when it says nothing.
-func since(now int64, at *atomic.Int64) time.Duration {
-	if at := at.Load(); at != 0 {
-		return time.Duration(now - at)
-	}
-	return 0
-}
-
-// ping asks for a word, and says when it could not. Silence is not for it to judge.
-func (c *Conn[In, Out]) ping(ctx context.Context, broken chan<- error) {
-	ctx, cancel := context.WithTimeout(ctx, SilenceLimit)
-	defer cancel()
-	err := c.ws.Ping(ctx)
-	if err == nil || ctx.Err() != nil {
+// beat writes an empty frame; only where that succeeds is there another.
+func (c *Conn[In, Out]) beat(broken chan<- error) {
+	if err := c.writeFrame(context.Background(), nil); err != nil {
+		broken <- err
 		return
 	}
-	select {
-	case broken <- err:
-	default:
-	}
+	c.beating.Store(false)
 }
 
 // Close ends the session at once, telling the other end why in a short phrase.
