@@ -158,7 +158,7 @@ func flash(ctx context.Context, e *env) error {
 	}
 	for _, c := range crowds {
 		s := flashCrowd(c.hosts, c.rate)
-		s.direct = s.size / 16 // it takes as many times longer as there are hosts
+		s.direct = s.size / int64(c.hosts) // takes as long as the bound
 		o, err := s.measure(ctx, e)
 		if err != nil {
 			return err
@@ -212,7 +212,7 @@ func unequal(ctx context.Context, e *env) error {
 	const hosts = 15
 	slow := func(i int) bool { return i%3 == 2 }
 	o, err := swarm{
-		name: fmt.Sprintf("unequal links, %d hosts", hosts), size: mib64, rate: 50 * lab.Mbit, direct: mib64 / 16,
+		name: fmt.Sprintf("unequal links, %d hosts", hosts), size: mib64, rate: 50 * lab.Mbit, direct: mib64 / hosts,
 		layout: func(rate lab.Rate) layout {
 			l := equal(hosts, rate)
 			for i := range l.hosts {
