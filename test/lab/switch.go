@@ -104,9 +104,16 @@ func switched(rate Rate) string {
 
 // prepareNamespace sets what a new namespace shall not have from this machine.
 func prepareNamespace(name string) error {
-	for _, setting := range []string{"default", "all"} {
-		err := writeInside(name, "/proc/sys/net/ipv6/conf/"+setting+"/disable_ipv6", "1")
-		if err != nil && !os.IsNotExist(err) { // a kernel without IPv6 has none to be disabled
+	for setting, value := range map[string]string{
+		"ipv6/conf/default/disable_ipv6": "1",
+		"ipv6/conf/all/disable_ipv6":     "1",
+		// A switch does not filter, whatever other bridges of the machine do.
+		"bridge/bridge-nf-call-iptables":  "0",
+		"bridge/bridge-nf-call-ip6tables": "0",
+		"bridge/bridge-nf-call-arptables": "0",
+	} {
+		err := writeInside(name, "/proc/sys/net/"+setting, value)
+		if err != nil && !os.IsNotExist(err) { // what this kernel does not have needs no setting
 			return err
 		}
 	}
