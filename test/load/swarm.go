@@ -48,9 +48,10 @@ func newSwarm(c config, o *origin, url string) *swarm {
 	return s
 }
 
-// setRate makes the hosts' links such that they take so many pieces a second.
+// setRate makes the hosts' links such that they take so many pieces a second. A
+// lane has its next transfer when a third of the last one is left.
 func (s *swarm) setRate(rate float64) {
-	s.pieceTime.Store(int64(float64(s.cfg.sessions*s.cfg.lanes) / rate * float64(time.Second)))
+	s.pieceTime.Store(int64(1.5 * float64(s.cfg.sessions*s.cfg.lanes) / rate * float64(time.Second)))
 }
 
 // hello opens a session.
