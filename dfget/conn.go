@@ -11,7 +11,7 @@ import (
 
 const (
 	headerBuffer = 4 << 10                // what net/http reads into when it does not know how much will come
-	maxWait      = 64 << 10               // bytes to wait for at most
+	maxWait      = 128 << 10              // bytes to wait for at most; pieces are read in such steps
 	oftenEnough  = 100 * time.Millisecond // a reader that is woken less often than this waits for less
 )
 

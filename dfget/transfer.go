@@ -163,7 +163,7 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 		return err
 	}
 	p.answered(time.Since(began))
-	lead := min(tr.left/2, p.lead())
+	lead := min(tr.left/2, max(p.lead(), maxWait))
 	body := &watched{r: resp.Body, got: func(n int) {
 		timer.Reset(patience)
 		p.came(tr, n)

@@ -93,7 +93,8 @@ func DefaultConfig() Config {
 type Scheduler struct {
 	cfg   Config
 	rnd   *rand.Rand
-	epoch time.Time
+	begun bool
+	epoch time.Time     // once begun
 	now   time.Duration // since epoch; never goes back
 
 	hosts     map[HostID]*host
@@ -143,8 +144,8 @@ func (s *Scheduler) Banned(host HostID) bool {
 
 // clock takes over the caller's time. It never goes back.
 func (s *Scheduler) clock(now time.Time) {
-	if s.epoch.IsZero() {
-		s.epoch = now
+	if !s.begun {
+		s.begun, s.epoch = true, now
 	}
 	s.now = max(s.now, now.Sub(s.epoch))
 }
