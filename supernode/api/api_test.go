@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/ed25519"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/fxamacker/cbor/v2"
@@ -109,6 +111,96 @@ func TestKeepAliveForgivesAnEndThatIsTooBusyToRead(t *testing.T) {
 	require.Empty(t, busy, "nor does it take this end for dead")
 	c.CloseNow()
 	require.Error(t, <-busy)
+}
+
+// pipe is a listener of one connection in memory.
+type pipe struct {
+	net.Listener
+	conns chan net.Conn
+}
+
+func (p pipe) Accept() (net.Conn, error) {
+	if c, ok := <-p.conns; ok {
+		return c, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (p pipe) Addr() net.Addr { return &net.IPAddr{} }
+func (p pipe) Close() error   { return nil }
+
+// halting writes nothing in the last 4 of each 13.3 seconds, nor once dead.
+type halting struct {
+	net.Conn
+	began time.Time
+	dead  chan struct{}
+}
+
+func (h halting) Write(b []byte) (int, error) {
+	const period, stands = 13300 * time.Millisecond, 4 * time.Second
+	if at := time.Since(h.began) % period; at > period-stands {
+		time.Sleep(period - at)
+	}
+	select {
+	case <-h.dead:
+		return len(b), nil
+	default:
+		return h.Conn.Write(b)
+	}
+}
+
+func TestKeepAliveForgivesAnEndThatStandsStillForSeconds(t *testing.T) {
+	for name, writes := range map[string]time.Duration{"idle": time.Hour, "with now and then a word": 3700 * time.Millisecond} {
+		t.Run(name, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { standsStill(t, writes) }) })
+	}
+}
+
+func standsStill(t *testing.T, writes time.Duration) {
+	here, there := net.Pipe()
+	l := pipe{conns: make(chan net.Conn, 1)}
+	dead := make(chan struct{})
+	l.conns <- halting{there, time.Now(), dead}
+	srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, err := Accept(w, r)
+		if err != nil {
+			return
+		}
+		defer c.CloseNow()
+		time.Sleep(300 * time.Millisecond) // the ends tick apart
+		go func() { _ = c.KeepAlive(r.Context()) }()
+		go func() {
+			for c.Write(context.Background(), Down{}) == nil {
+				time.Sleep(writes)
+			}
+		}()
+		_, _ = c.Read(context.Background())
+	})}
+	go func() { _ = srv.Serve(l) }()
+	defer func() {
+		close(l.conns)
+		_ = srv.Close()
+		time.Sleep(time.Hour) // what still writes ends
+	}()
+	c, err := Dial(t.Context(), &http.Client{Transport: &http.Transport{
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return here, nil },
+	}}, "http://supernode")
+	require.NoError(t, err)
+	defer c.CloseNow()
+	go func() {
+		for {
+			if _, err := c.Read(context.Background()); err != nil {
+				return
+			}
+		}
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	require.ErrorIs(t, c.KeepAlive(ctx), context.DeadlineExceeded)
+
+	close(dead)
+	began := time.Now()
+	require.ErrorContains(t, c.KeepAlive(t.Context()), "silent")
+	require.LessOrEqual(t, time.Since(began), 8*time.Second, "who is dead is noticed")
 }
 
 func TestOriginIsNeverPrinted(t *testing.T) {

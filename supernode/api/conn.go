@@ -24,9 +24,12 @@ const (
 
 	// BeatEvery is how often an end that says nothing shows that it is there, by
 	// an empty frame.
-	BeatEvery = 2 * time.Second
-	// SilenceLimit is when an end of which nothing has been heard is taken for dead.
-	SilenceLimit = 3 * BeatEvery
+	BeatEvery = 2 * tick
+	// SilenceLimit is when an end of which nothing has been heard is taken for
+	// dead. One that stands still for some seconds between beats is not.
+	SilenceLimit = 7 * tick
+
+	tick = time.Second // what KeepAlive counts
 
 	maxBatch = 1 << 16  // elements of any list in a frame
 	maxKept  = 16 << 10 // bytes of a buffer that is used again
@@ -38,7 +41,7 @@ type Conn[In, Out any] struct {
 	ws      *websocket.Conn
 	frame   heard         // being read
 	reads   atomic.Uint64 // begun and ended: odd while one waits
-	writes  atomic.Uint64 // ended
+	writes  atomic.Uint64 // ended, without beats
 	beating atomic.Bool   // a beat is being written
 }
 
@@ -141,11 +144,11 @@ func (c *Conn[In, Out]) Write(ctx context.Context, out Out) error {
 	if err := cbor.MarshalToBuffer(out, frame); err != nil {
 		return fmt.Errorf("write session: %w", err)
 	}
+	defer c.writes.Add(1)
 	return c.writeFrame(ctx, frame.Bytes())
 }
 
 func (c *Conn[In, Out]) writeFrame(ctx context.Context, frame []byte) error {
-	defer c.writes.Add(1)
 	if err := c.ws.Write(ctx, websocket.MessageBinary, frame); err != nil {
 		return fmt.Errorf("write session: %w", err)
 	}
@@ -155,14 +158,15 @@ func (c *Conn[In, Out]) writeFrame(ctx context.Context, frame []byte) error {
 // KeepAlive shows the other end that this one is there, until ctx ends. It is
 // an error when nothing comes from the other end for SilenceLimit while this one
 // Reads. Who is slow to read is not dead: he says so, and what waits to be
-// written is the writer's to bound. Time is counted in beats, so that a machine
+// written is the writer's to bound. Time is counted in ticks, so that a machine
 // that stood still takes nobody for dead.
 func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
-	t := time.NewTicker(BeatEvery)
+	t := time.NewTicker(tick)
 	defer t.Stop()
 	broken := make(chan error, 1)
 	var read, written uint64
-	for silent := time.Duration(0); silent < SilenceLimit; {
+	var silent, quiet time.Duration // the other end, and this one
+	for silent < SilenceLimit {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -170,13 +174,16 @@ func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
 			return err
 		case <-t.C:
 		}
-		silent += BeatEvery
+		silent += tick
+		quiet += tick
 		if now := c.reads.Load(); now != read || now%2 == 0 {
 			read, silent = now, 0
 		}
 		if now := c.writes.Load(); now != written {
-			written = now
-		} else if c.beating.CompareAndSwap(false, true) {
+			written, quiet = now, 0
+		}
+		if quiet >= BeatEvery && c.beating.CompareAndSwap(false, true) {
+			quiet = 0
 			go c.beat(broken) // the other end may be slow to read
 		}
 	}
