@@ -59,7 +59,7 @@ func main() {
 	flag.IntVar(&c.sessions, "sessions", 10_000, "hosts")
 	flag.IntVar(&c.tasks, "tasks", 4, "contents that they go through, 3 or more")
 	flag.IntVar(&c.pieces, "pieces", 256, "pieces of a content")
-	flag.IntVar(&c.lanes, "lanes", 4, "lanes of a host, each way")
+	flag.IntVar(&c.lanes, "lanes", 3, "lanes of a host, each way")
 	flag.Float64Var(&c.rate, "rate", 50_000, "assignments a second to be sustained")
 	flag.Float64Var(&c.overload, "overload", 8, "at overload, how many times that is asked for")
 	flag.IntVar(&c.floods, "floods", 20, "sessions at overload that say useless things as fast as they can")

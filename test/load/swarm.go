@@ -96,7 +96,10 @@ func (s *swarm) connect(ctx context.Context) error {
 			return nil
 		})
 	}
-	return group.Wait()
+	if err := group.Wait(); err != nil {
+		return errors.Join(context.Cause(ctx), err) // a session that has broken ends the dialling of others
+	}
+	return nil
 }
 
 // keep follows a session to its end, which must not come before that of ctx.
