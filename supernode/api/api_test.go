@@ -166,7 +166,7 @@ func standsStill(t *testing.T, writes time.Duration) {
 			return
 		}
 		defer c.CloseNow()
-		time.Sleep(300 * time.Millisecond) // the ends tick apart
+		time.Sleep(1700 * time.Millisecond) // the ends tick apart
 		go func() { _ = c.KeepAlive(r.Context()) }()
 		go func() {
 			for c.Write(context.Background(), Down{}) == nil {
