@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -23,7 +24,7 @@ const (
 	maxBusy     = 5 * time.Second
 
 	// assignedPerLane bounds the transfers assigned and not ended, a multiple of
-	// the lanes: those under way, and those ahead of need.
+	// the lanes: those under way, those about to end, and those that lag.
 	assignedPerLane = 4
 )
 
@@ -44,8 +45,9 @@ type transfer struct {
 	session      *session
 	ctx          context.Context
 	cancel       context.CancelCauseFunc
-	left         int64 // bytes that have not come
-	told         bool  // that the last ones are on their way
+	size         int64        // bytes
+	left         atomic.Int64 // of them have not come
+	told         atomic.Bool  // that it ends soon
 }
 
 // failure is why a transfer ended early.
@@ -80,7 +82,8 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 		return
 	}
 	tr.task, tr.content, tr.ticket = t, t.content, t.ticket
-	tr.left = t.content.Layout().Offset(a.First+a.Count) - t.content.Layout().Offset(a.First)
+	tr.size = t.content.Layout().Offset(a.First+a.Count) - t.content.Layout().Offset(a.First)
+	tr.left.Store(tr.size)
 	tr.ctx, tr.cancel = context.WithCancelCause(s.life)
 	p.coming++
 	t.coming++
@@ -124,7 +127,7 @@ func (p *Peer) run(tr *transfer) {
 		}
 		if n == 0 {
 			p.done(tr, i)
-			tr.left -= tr.content.Layout().Size(i)
+			tr.left.Add(-tr.content.Layout().Size(i))
 			i++
 			continue
 		}
@@ -163,11 +166,11 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 		return err
 	}
 	p.answered(time.Since(began))
-	lead := min(tr.left/2, max(p.lead(), maxWait))
+	lead := min(tr.left.Load()/2, max(p.lead(), maxWait))
 	body := &watched{r: resp.Body, got: func(n int) {
 		timer.Reset(patience)
 		p.came(tr, n)
-		if tr.left <= lead && !tr.told {
+		if tr.left.Load() <= lead {
 			p.soon(tr)
 		}
 	}}
@@ -265,7 +268,7 @@ func causeOf(ctx context.Context, err error) error {
 
 // came counts bytes that have just come.
 func (p *Peer) came(tr *transfer, n int) {
-	tr.left -= int64(n)
+	tr.left.Add(-int64(n))
 	tr.task.touch(time.Now())
 	p.metrics.received.WithLabelValues(tr.source).Add(float64(n))
 	if tr.source == sourcePeer {
@@ -359,10 +362,24 @@ func (p *Peer) lead() int64 {
 	return int64(2 * time.Duration(p.answers.Load()).Seconds() * float64(p.rate.Load()))
 }
 
-// soon tells that a transfer ends soon.
+// soon tells that a transfer ends soon, once.
 func (p *Peer) soon(tr *transfer) {
-	tr.told = true
-	p.report(tr.session, message{size: 16, add: func(u *api.Up) { u.Soon = append(u.Soon, tr.id) }})
+	if !tr.told.Swap(true) {
+		p.report(tr.session, message{size: 16, add: func(u *api.Up) { u.Soon = append(u.Soon, tr.id) }})
+	}
+}
+
+// takeAlongLocked has a frame that tells of transfers tell of those that are past
+// half of their bytes too: each would else have a frame of its own before long.
+func (s *session) takeAlongLocked(u *api.Up) {
+	if len(u.Done)+len(u.Soon) == 0 {
+		return
+	}
+	for id, tr := range s.running {
+		if left := tr.left.Load(); 0 < left && left <= tr.size/2 && !tr.told.Swap(true) {
+			u.Soon = append(u.Soon, id)
+		}
+	}
 }
 
 // expected returns how long n bytes take one transfer, 0 when not known.

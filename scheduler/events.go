@@ -22,11 +22,13 @@ func (s *Scheduler) HostUp(now time.Time, id HostID, spec Host) {
 	}
 	if s.cfg.CrossOnce && spec.Zone != "" {
 		h.link = s.links[spec.Zone]
-		if h.link == nil {
+		if h.link == nil && len(s.links) < maxZones {
 			h.link = &link{name: spec.Zone, in: gate{window: minCrossings}, out: gate{window: minCrossings}}
 			s.links[spec.Zone] = h.link
 		}
-		h.link.hosts++
+		if h.link != nil {
+			h.link.hosts++
+		}
 	}
 	s.hosts[id] = h
 	s.list = append(s.list, h)

@@ -21,7 +21,7 @@ type transfer struct {
 	child, parent *peer
 	first, count  int
 	left          uint64        // pieces of the run that have not come, the first in the lowest bit
-	since         time.Duration // when it was told, became active or brought a piece, whatever was last
+	since         time.Duration // when it was told or last brought a piece
 	thinUp        bool          // the child takes a fraction of what the parent's lane gives,
 	thinDown      bool          // or the parent gives a fraction of what the child's takes
 	link          *link         // that it crosses, where the rule is for it

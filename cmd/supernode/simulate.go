@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -69,15 +70,19 @@ func (s *simulation) run(ctx context.Context, _ *zap.Logger, _ []string) error {
 		_, err := s.simulate(ctx)
 		return err
 	}
-	f, err := os.Create(s.svg) // first, as it is known now whether it can be
+	f, err := os.CreateTemp(filepath.Dir(s.svg), ".simulate-") // first, as it is known now whether it can be
 	if err != nil {
 		return fmt.Errorf("%w: name another file with --svg", err)
 	}
+	defer os.Remove(f.Name()) //nolint:errcheck // it is there no more when all went well
 	r, err := s.simulate(ctx)
 	if err == nil {
 		err = r.SVG(f)
 	}
-	return errors.Join(err, f.Close())
+	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), s.svg)
 }
 
 // simulate prints what the plan comes to, and meanwhile how far it is.

@@ -139,7 +139,7 @@ func TestTwinTakesAsLong(t *testing.T) {
 			for _, r := range ratios {
 				spread += (r - mean) * (r - mean) / (runs - 1)
 			}
-			within := 0.01 + 4*math.Sqrt(spread/runs)
+			within := min(0.01+4*math.Sqrt(spread/runs), 0.06)
 			expect(t, "time over the twin's", mean, 1-within, 1+within)
 		})
 	}

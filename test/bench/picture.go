@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"os"
-	"slices"
 	"strings"
 )
 
@@ -17,17 +16,8 @@ type bar struct {
 	ours        bool
 }
 
-// others were measured before, on a lab such as this one: 64 MiB to 8 and 16
-// hosts at 50 to 200 Mbit/s.
-var others = []bar{
-	{name: "Kraken tuned by hand, blob at its origin", least: 0.72, most: 0.87},
-	{name: "BitTorrent (libtorrent, aria2)", least: 0.32, most: 0.58},
-	{name: "Kraken tuned by hand, cold", least: 0.37, most: 0.42},
-	{name: "Dragonfly v1, cold", least: 0.24, most: 0.38},
-}
-
-// draw writes the efficiency of this run's flash crowds beside the others' into
-// a file.
+// draw writes the efficiency of this run's flash crowds, beside direct pulls,
+// into a file.
 func (e *env) draw(file string) error {
 	if file == "" {
 		return nil
@@ -45,7 +35,7 @@ func (e *env) draw(file string) error {
 	if ours.most == 0 || direct.most == 0 {
 		return fmt.Errorf("draw %s: no flash crowd was measured", file)
 	}
-	return os.WriteFile(file, []byte(chart(slices.Concat([]bar{ours}, others, []bar{direct}))), 0o644)
+	return os.WriteFile(file, []byte(chart([]bar{ours, direct})), 0o644)
 }
 
 func (b *bar) add(efficiency float64) {

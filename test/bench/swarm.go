@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	// mib64 is what swarms pull, as in the literature's measurements beside it.
+	// mib64 is what swarms pull: 256 of the smallest pieces.
 	mib64 = 64 << 20
 	// tooBusy is the part of the processors in use above which not the network
 	// alone was the limit.
