@@ -242,6 +242,7 @@ func heard[T any](n *fakeNode, of func(api.Up) []T) (all []T) {
 func hellos(u api.Up) []*api.Hello  { return []*api.Hello{u.Hello} }
 func joins(u api.Up) []api.Join     { return u.Join }
 func wants(u api.Up) []api.Want     { return u.Want }
+func soons(u api.Up) []uint64       { return u.Soon }
 func dones(u api.Up) []api.Done     { return u.Done }
 func faileds(u api.Up) []api.Failed { return u.Failed }
 func holds(u api.Up) []api.Hold     { return u.Hold }

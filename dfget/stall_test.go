@@ -387,6 +387,47 @@ func TestWant(t *testing.T) {
 	})
 }
 
+func TestFrameTakesAlongWhatEndsSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBlob(1 << 20)
+		goOn := make(chan struct{})
+		net, n, h := bubble(t, PeerConfig{}, func(n *fakeNode, up api.Up) {
+			for _, j := range up.Join {
+				n.send(api.Down{
+					Task: []api.Task{n.grant(j, b)}, Digests: []api.Digests{digestsOf(b)},
+					Assign: []api.Assign{{Transfer: 1, Task: 1, Count: 3, Parent: "parent:80"}},
+				})
+			}
+		}, b)
+		net.serve(t, "parent", parent(b, func(w http.ResponseWriter, r *http.Request, body []byte) {
+			header(w, r, b, len(body))
+			_, _ = w.Write(body[:len(body)/3])
+			_ = http.NewResponseController(w).Flush()
+			pause(t, time.Second)
+			_, _ = w.Write(body[len(body)/3 : len(body)*7/12])
+			_ = http.NewResponseController(w).Flush()
+			<-goOn
+			_, _ = w.Write(body[len(body)*7/12:])
+		}))
+		got := make(chan error, 1)
+		go func() {
+			_, err := get(t, h, Request{b.id, registryOrigin(), &upstream{}}, 0, -1)
+			got <- err
+		}()
+		pause(t, 1500*time.Millisecond)
+		synctest.Wait()
+		require.Equal(t, []api.Done{{Transfer: 1, Piece: 0}}, heard(n, dones))
+		require.Empty(t, heard(n, soons))
+		n.send(api.Down{Assign: []api.Assign{{Transfer: 2, Task: 1, First: 3, Count: 1}}})
+		synctest.Wait()
+		require.ElementsMatch(t, []uint64{1, 2}, heard(n, soons))
+		close(goOn)
+		require.NoError(t, <-got)
+		synctest.Wait()
+		require.Len(t, heard(n, soons), 2, "each is told once")
+	})
+}
+
 func TestSessionComesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBlob(1 << 20)
