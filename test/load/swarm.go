@@ -206,7 +206,8 @@ type transfer struct {
 	id    uint64
 	piece int // the next
 	left  int
-	soon  bool // the supernode was told of its end
+	half  time.Time // when half of its bytes have come
+	soon  bool      // the supernode was told of its end
 	ended bool
 }
 
@@ -219,6 +220,7 @@ func (h *host) due(d due) {
 	case tr == nil:
 		h.join()
 	case tr.ended:
+	case d.soon && tr.soon: // with another
 	case d.soon:
 		h.out.Soon = append(h.out.Soon, tr.id)
 		h.ask(tr)
@@ -246,6 +248,7 @@ func (s *swarm) lasts(n int) time.Duration {
 
 // run begins a transfer, whose end is told when a third of its time is left.
 func (h *host) run(tr *transfer) {
+	tr.half = time.Now().Add(h.swarm.lasts(tr.left) / 2)
 	h.wheel.after(h.swarm.lasts(1), due{h: h, tr: tr})
 	h.wheel.after(h.swarm.lasts(tr.left)*2/3, due{h: h, tr: tr, soon: true})
 }
@@ -305,9 +308,10 @@ func (h *host) leave() {
 // flush sends what the host has to say.
 func (h *host) flush() error {
 	h.mu.Lock()
+	now := time.Now()
+	h.takeAlong(now)
 	up := h.out
 	h.out = api.Up{}
-	now := time.Now()
 	for range h.asks {
 		h.asked = append(h.asked, now)
 	}
@@ -320,6 +324,20 @@ func (h *host) flush() error {
 		return nil
 	}
 	return h.conn.Write(context.Background(), up)
+}
+
+// takeAlong has a frame that tells of transfers tell of those that are past half
+// of their bytes too, as that of a dfdaemon does.
+func (h *host) takeAlong(now time.Time) {
+	if h.out.Done == nil && h.out.Soon == nil {
+		return
+	}
+	for _, tr := range h.coming {
+		if !tr.soon && now.After(tr.half) {
+			h.out.Soon = append(h.out.Soon, tr.id)
+			h.ask(tr)
+		}
+	}
 }
 
 // follow acts on what the supernode says.
