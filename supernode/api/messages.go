@@ -23,7 +23,7 @@ type Up struct {
 	Done   []Done   `cbor:"5,keyasint,omitempty"`
 	Failed []Failed `cbor:"6,keyasint,omitempty"`
 	Leave  []Leave  `cbor:"7,keyasint,omitempty"`
-	Soon   []uint64 `cbor:"8,keyasint,omitempty"` // transfers whose last bytes are on their way: their lanes may have their next one
+	Soon   []uint64 `cbor:"8,keyasint,omitempty"` // transfers that end soon, past half of their bytes: their lanes may have their next one
 }
 
 // Down is one batch from the supernode to a host. Welcome stands alone in the
