@@ -409,11 +409,7 @@ func TestFrameTakesAlongWhatEndsSoon(t *testing.T) {
 			<-goOn
 			_, _ = w.Write(body[len(body)*7/12:])
 		}))
-		got := make(chan error, 1)
-		go func() {
-			_, err := get(t, h, Request{b.id, registryOrigin(), &upstream{}}, 0, -1)
-			got <- err
-		}()
+		s := open(t, h, Request{b.id, registryOrigin(), &upstream{}}, 0, -1)
 		pause(t, 1500*time.Millisecond)
 		synctest.Wait()
 		require.Equal(t, []api.Done{{Transfer: 1, Piece: 0}}, heard(n, dones))
@@ -422,7 +418,9 @@ func TestFrameTakesAlongWhatEndsSoon(t *testing.T) {
 		synctest.Wait()
 		require.ElementsMatch(t, []uint64{1, 2}, heard(n, soons))
 		close(goOn)
-		require.NoError(t, <-got)
+		got, err := io.ReadAll(s)
+		require.NoError(t, err)
+		require.Equal(t, b.bytes, got)
 		synctest.Wait()
 		require.Len(t, heard(n, soons), 2, "each is told once")
 	})

@@ -139,7 +139,7 @@ type halting struct {
 func (h halting) Write(b []byte) (int, error) {
 	const period, stands = 13300 * time.Millisecond, 4 * time.Second
 	if at := time.Since(h.began) % period; at > period-stands {
-		time.Sleep(period - at)
+		<-time.After(period - at)
 	}
 	select {
 	case <-h.dead:
@@ -156,6 +156,7 @@ func TestKeepAliveForgivesAnEndThatStandsStillForSeconds(t *testing.T) {
 }
 
 func standsStill(t *testing.T, writes time.Duration) {
+	t.Helper()
 	here, there := net.Pipe()
 	l := pipe{conns: make(chan net.Conn, 1)}
 	dead := make(chan struct{})
@@ -166,11 +167,11 @@ func standsStill(t *testing.T, writes time.Duration) {
 			return
 		}
 		defer c.CloseNow()
-		time.Sleep(1700 * time.Millisecond) // the ends tick apart
+		<-time.After(1700 * time.Millisecond) // the ends tick apart
 		go func() { _ = c.KeepAlive(r.Context()) }()
 		go func() {
 			for c.Write(context.Background(), Down{}) == nil {
-				time.Sleep(writes)
+				<-time.After(writes)
 			}
 		}()
 		_, _ = c.Read(context.Background())
@@ -179,7 +180,7 @@ func standsStill(t *testing.T, writes time.Duration) {
 	defer func() {
 		close(l.conns)
 		_ = srv.Close()
-		time.Sleep(time.Hour) // what still writes ends
+		<-time.After(time.Hour) // what still writes ends
 	}()
 	c, err := Dial(t.Context(), &http.Client{Transport: &http.Transport{
 		DialContext: func(context.Context, string, string) (net.Conn, error) { return here, nil },
