@@ -268,7 +268,11 @@ func (s *Scheduler) Tick(now time.Time) {
 		return !h.resting
 	})
 	for _, tr := range s.transfers {
-		if tr.child != nil && !tr.reopened && s.lags(tr) {
+		switch {
+		case tr.child == nil:
+		case tr.late && s.lags(tr, hopeless):
+			s.giveUp(tr)
+		case !tr.reopened && s.lags(tr, 1):
 			s.lagging(tr)
 		}
 	}

@@ -8,6 +8,12 @@ import (
 )
 
 const (
+	// firstPatience is how long a transfer may take before anybody knows how long
+	// they do, and hopeless how many times longer than one that lags one may take
+	// before it is given up.
+	firstPatience = 2 * time.Second
+	hopeless      = 8
+
 	slowness   = 8   // how many times slower than others a host is slow
 	thinness   = 2.5 // how many times slower than one end's others a transfer leaves room beside it
 	censusSize = 63  // how many hosts tell what is typical
@@ -53,8 +59,8 @@ func (s *Scheduler) census() {
 	var seen [censusSize]rate
 	n := 0
 	for range min(2*censusSize, 4*len(s.list)) {
-		if r := s.list[s.rnd.IntN(len(s.list))].recvRate; r > 0 && n < censusSize {
-			seen[n] = r
+		if h := s.list[s.rnd.IntN(len(s.list))]; h.recvRate > 0 && h.streak == 0 && n < censusSize {
+			seen[n] = h.recvRate
 			n++
 		}
 	}
@@ -91,17 +97,20 @@ func (s *Scheduler) pieceTime(c *peer) time.Duration {
 	return max(s.typical, c.host.recvRate).of(c.task.layout.PieceSize)
 }
 
-// lags tells whether tr takes several times as long as its like.
-func (s *Scheduler) lags(tr *transfer) bool {
+// lags tells whether tr takes several times as long as its like, so many times
+// over.
+func (s *Scheduler) lags(tr *transfer, times time.Duration) bool {
 	expected := s.pieceTime(tr.child)
+	known := expected > 0
 	if tr.link != nil {
-		if tr.link.pace == 0 {
-			return s.now-tr.since > crossPatience
-		}
 		expected = max(expected, tr.link.pace.of(tr.child.task.layout.PieceSize))
-		return s.now-tr.since > max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
+		known = tr.link.pace > 0
 	}
-	return s.typical > 0 && s.now-tr.since > max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
+	limit := firstPatience
+	if known {
+		limit = max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
+	}
+	return s.now-tr.since > times*limit
 }
 
 // lagging takes from tr, which lags, what others can use better. When the parent
@@ -113,6 +122,10 @@ func (s *Scheduler) lagging(tr *transfer) {
 		return
 	}
 	c, p := tr.child.host, tr.parent.host
+	if tr.soon {
+		s.giveUp(tr) // it was to end long ago, and its lanes have been given away
+		return
+	}
 	if !tr.late {
 		s.yield(tr)
 	}
@@ -122,4 +135,16 @@ func (s *Scheduler) lagging(tr *transfer) {
 	p.sendRate.note(s.now-tr.since, tr.child.task.layout.PieceSize)
 	s.shun(c, p, goneFor)
 	s.second(tr)
+}
+
+// giveUp ends a transfer that brings nothing, so that it takes no place at its
+// parent any more. The child may only be slow: the next has more time.
+func (s *Scheduler) giveUp(tr *transfer) {
+	c, p := tr.child.host, tr.parent.host
+	if s.typical > 0 {
+		c.recvRate = max(c.recvRate, rate(s.now-tr.since)/rate(tr.child.task.layout.PieceSize))
+	}
+	s.undelivered(c)
+	s.shun(c, p, goneFor)
+	s.cancel(tr)
 }

@@ -25,8 +25,10 @@ type shun struct {
 	until  time.Duration
 }
 
-// shuns tells whether child is to stay off parent now: also as long as others
-// are to bring it what comes too late from that parent.
+// shuns tells whether child is to stay off parent now: because of what was, as
+// long as others are to bring it what comes too late from that parent, or because
+// it is slow and other slow ones have half of the parent's lanes. So those that
+// never end leave some to the others.
 func (s *Scheduler) shuns(child, parent *host) bool {
 	for i := 0; i < len(child.downs) && child.reopened > 0; i++ {
 		if tr := child.downs[i]; tr.reopened && tr.parent.host == parent {
@@ -38,7 +40,16 @@ func (s *Scheduler) shuns(child, parent *host) bool {
 			return true
 		}
 	}
-	return false
+	if !s.slow(child.recvRate) {
+		return false
+	}
+	slow := 0
+	for _, tr := range parent.ups {
+		if s.slow(tr.child.host.recvRate) {
+			slow++
+		}
+	}
+	return slow >= max(1, parent.up/2)
 }
 
 func (s *Scheduler) shun(child, parent *host, d time.Duration) {
@@ -72,11 +83,14 @@ func (h *host) succeeded(now time.Duration) {
 	}
 }
 
+// patience is how many downloads in a row may fail before it is h that fails.
+func (h *host) patience() int { return 2 * min(h.down, 8) }
+
 // undelivered notes that a transfer to h failed. When all do, it is h that
 // fails, and has to rest in between.
 func (s *Scheduler) undelivered(h *host) {
-	if h.streak++; h.streak > 2*h.down {
-		h.recvRests = s.rest(h, h.streak-2*h.down)
+	if h.streak++; h.streak > h.patience() {
+		h.recvRests = s.rest(h, h.streak-h.patience())
 	}
 }
 
@@ -84,7 +98,7 @@ func (s *Scheduler) undelivered(h *host) {
 // lanes for it, and rests when it fails with everybody. It takes more than one
 // child to blame it twice, and one that fails everywhere is not believed.
 func (s *Scheduler) blame(child, parent *host, lanes int) {
-	if parent.seed || parent.blamedBy == child || child.streak >= 2*child.down {
+	if parent.seed || parent.blamedBy == child || child.streak >= child.patience() {
 		return
 	}
 	parent.blamedBy, parent.successes = child, 0

@@ -6,10 +6,9 @@ import (
 )
 
 const (
-	maxZones      = 256             // that the rule is for; hosts of further ones are as those of none
-	minCrossings  = 2               // transfers side by side into a zone, at least
-	crossPatience = 2 * time.Second // for the first piece to cross into a zone
-	stuckAfter    = time.Second     // without a piece, until who is sent none in its zone may do without
+	maxZones     = 256         // that the rule is for; hosts of further ones are as those of none
+	minCrossings = 2           // transfers side by side into a zone, at least
+	stuckAfter   = time.Second // without a piece, until who is sent none in its zone may do without
 )
 
 // A zone is what the hosts of one zone have of a task. Another is that of all

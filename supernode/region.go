@@ -63,6 +63,7 @@ type task struct {
 type member struct {
 	*session
 	public   bool
+	given    bool // all of it with the answer to the join, and is none of the scheduler's
 	ticketed time.Time
 	told     int // how many of the task's order it has the digests of
 }
@@ -209,7 +210,7 @@ func (r *region) hostUp(s *session, hello *api.Hello) {
 		s.id, r.free = r.free[n-1], r.free[:n-1]
 	}
 	r.names[s.name], r.hosts[s.id] = s, s
-	s.far = hello.Zone != "" && r.cfg.Zone != "" && hello.Zone != r.cfg.Zone
+	s.far = hello.Zone != "" && hello.Zone != r.cfg.Zone
 	up := hello.Up
 	if s.addr == "" {
 		up = 0
@@ -381,13 +382,15 @@ func (r *region) grant(s *session, seq uint64, l *lease, data []byte) {
 	m.public = l.public
 	t.needed = now
 	if fresh && data != nil && r.gives(s, t, len(data)) {
+		m.given = true
 		s.send(m.gift(t, seq, data))
 		return
 	}
 	s.send(m.message(t, seq))
-	if !fresh {
+	if !fresh && !m.given {
 		return
 	}
+	m.given = false // it lacks it again
 	m.tell(t)
 	h := s.holds[id]
 	if h == nil || h.layout != t.layout {

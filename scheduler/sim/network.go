@@ -176,7 +176,8 @@ func (n *network) run(ctx context.Context) (Result, error) {
 		if err := ctx.Err(); err != nil {
 			return Result{}, err
 		}
-		for next := n.now + tickEvery; n.now < next && n.waiting > 0; {
+		next := n.now + tickEvery
+		for k := 0; k < 1000 && n.now < next && n.waiting > 0; k++ {
 			n.step()
 		}
 	}

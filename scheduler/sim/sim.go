@@ -152,7 +152,7 @@ func (s Scenario) bound() (time.Duration, Limit) {
 	for _, h := range s.Seeds {
 		seeds += h.Uplink
 	}
-	zones := []string{}
+	zones := map[string]bool{}
 	at, limit, living := 0.0, LimitOrigin, 0
 	atLeast := func(t float64, l Limit) {
 		if t > at {
@@ -166,14 +166,12 @@ func (s Scenario) bound() (time.Duration, Limit) {
 		if h.Dies == 0 && h.Hangs == 0 {
 			living++
 			atLeast(h.Arrives.Seconds()+size/h.Downlink, LimitDownlink)
-			if !slices.Contains(zones, h.Zone) {
-				zones = append(zones, h.Zone)
-			}
+			zones[h.Zone] = true
 		}
 	}
 	atLeast(float64(living)*size/(seeds+uplinks), LimitUplinks)
 	if s.ZoneLink > 0 {
-		for _, z := range zones {
+		for z := range zones {
 			if !slices.ContainsFunc(s.Seeds, func(h Host) bool { return h.Zone == z }) {
 				atLeast(size/s.ZoneLink, LimitZone)
 			}
