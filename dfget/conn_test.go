@@ -37,6 +37,17 @@ func chunks(b []byte, n int) func(func([]byte) bool) {
 	}
 }
 
+// bodyOf asks for a URL; the body is closed with the test.
+func bodyOf(t *testing.T, client *http.Client, url string) io.ReadCloser {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, http.NoBody)
+	require.NoError(t, err)
+	resp, err := client.Do(req)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = resp.Body.Close() })
+	return resp.Body
+}
+
 // counted counts the reads that return.
 type counted struct {
 	io.Reader
@@ -55,15 +66,14 @@ func TestReceiverIsWokenForMuchAtATime(t *testing.T) {
 	client := newTransfers(1)
 	fewest := len(body)
 	for try := 0; try < 20 && fewest > len(body)/maxWait*3/2+8; try++ { // a busy machine may wake it more often
-		resp, err := client.Get(s.URL)
-		require.NoError(t, err)
-		reads := &counted{Reader: resp.Body}
+		resp := bodyOf(t, client, s.URL)
+		reads := &counted{Reader: resp}
 		got := make([]byte, len(body))
-		_, err = io.ReadFull(reads, got)
+		_, err := io.ReadFull(reads, got)
 		require.NoError(t, err)
 		require.Equal(t, body, got)
 		fewest = min(fewest, reads.n)
-		require.NoError(t, resp.Body.Close())
+		require.NoError(t, resp.Close())
 	}
 	require.LessOrEqual(t, fewest, len(body)/maxWait*3/2+8, "reads of a body that came in %d packets", len(body)/9000)
 }
@@ -80,11 +90,10 @@ func TestReceiverWaitsForNothingThatDoesNotCome(t *testing.T) {
 		for _, read := range []func(io.Reader) io.Reader{
 			func(r io.Reader) io.Reader { return r }, iotest.OneByteReader, iotest.HalfReader,
 		} {
-			resp, err := client.Get(s.URL)
+			resp := bodyOf(t, client, s.URL)
+			got, err := io.ReadAll(read(resp))
 			require.NoError(t, err)
-			got, err := io.ReadAll(read(resp.Body))
-			require.NoError(t, err)
-			require.Equal(t, len(body), len(got))
+			require.Len(t, got, len(body))
 		}
 		s.Close()
 	}
@@ -92,7 +101,7 @@ func TestReceiverWaitsForNothingThatDoesNotCome(t *testing.T) {
 		"HTTP/1.1 200 OK\r\n\r\n" + string(make([]byte, 10_000)),                           // until the end
 		"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + string(make([]byte, 10_000)), // broken
 	} {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 		require.NoError(t, err)
 		go func() {
 			conn, err := ln.Accept()
@@ -102,13 +111,12 @@ func TestReceiverWaitsForNothingThatDoesNotCome(t *testing.T) {
 				_ = conn.Close()
 			}
 		}()
-		resp, err := client.Get("http://" + ln.Addr().String())
-		require.NoError(t, err)
+		resp := bodyOf(t, client, "http://"+ln.Addr().String())
 		buf := make([]byte, 200_000)
-		n, err := io.ReadFull(resp.Body, buf)
+		n, err := io.ReadFull(resp, buf)
 		require.Equal(t, 10_000, n)
 		require.ErrorIs(t, err, io.ErrUnexpectedEOF)
-		_ = resp.Body.Close()
+		_ = resp.Close()
 		_ = ln.Close()
 	}
 }
@@ -118,10 +126,9 @@ func TestReceiverOfFewBytesIsWokenOften(t *testing.T) {
 	body := make([]byte, 40_000)
 	s := httptest.NewServer(trickle(body, 2000, 30*time.Millisecond))
 	defer s.Close()
-	resp, err := newTransfers(1).Get(s.URL)
-	require.NoError(t, err)
-	reads := &counted{Reader: resp.Body}
-	_, err = io.ReadFull(reads, make([]byte, len(body)))
+	resp := bodyOf(t, newTransfers(1), s.URL)
+	reads := &counted{Reader: resp}
+	_, err := io.ReadFull(reads, make([]byte, len(body)))
 	require.NoError(t, err)
 	require.Greater(t, reads.n, 3)
 }

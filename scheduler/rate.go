@@ -99,7 +99,7 @@ func (s *Scheduler) pieceTime(c *peer) time.Duration {
 
 // lags tells whether tr takes several times as long as its like, so many times
 // over.
-func (s *Scheduler) lags(tr *transfer, times time.Duration) bool {
+func (s *Scheduler) lags(tr *transfer, times int) bool {
 	expected := s.pieceTime(tr.child)
 	known := expected > 0
 	if tr.link != nil {
@@ -110,7 +110,7 @@ func (s *Scheduler) lags(tr *transfer, times time.Duration) bool {
 	if known {
 		limit = max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
 	}
-	return s.now-tr.since > times*limit
+	return s.now-tr.since > time.Duration(times)*limit
 }
 
 // lagging takes from tr, which lags, what others can use better. When the parent
