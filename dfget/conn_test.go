@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"runtime"
 	"strconv"
 	"testing"
 	"testing/iotest"
@@ -55,28 +54,6 @@ type counted struct {
 }
 
 func (c *counted) Read(p []byte) (int, error) { c.n++; return c.Reader.Read(p) }
-
-func TestReceiverIsWokenForMuchAtATime(t *testing.T) {
-	body := bytes.Repeat([]byte("damselfly"), 200_000)
-	s := httptest.NewServer(trickle(body, 9000, 0))
-	defer s.Close()
-	if runtime.GOOS != "linux" {
-		t.Skip("reads return what is there")
-	}
-	client := newTransfers(1)
-	fewest := len(body)
-	for try := 0; try < 20 && fewest > len(body)/maxWait*3/2+8; try++ { // a busy machine may wake it more often
-		resp := bodyOf(t, client, s.URL)
-		reads := &counted{Reader: resp}
-		got := make([]byte, len(body))
-		_, err := io.ReadFull(reads, got)
-		require.NoError(t, err)
-		require.Equal(t, body, got)
-		fewest = min(fewest, reads.n)
-		require.NoError(t, resp.Close())
-	}
-	require.LessOrEqual(t, fewest, len(body)/maxWait*3/2+8, "reads of a body that came in %d packets", len(body)/9000)
-}
 
 // Whatever the reader asks for, it gets all there is and waits for nothing that
 // does not come: small reads, a body shorter than what is waited for, an end
