@@ -155,6 +155,43 @@ func TestKeepAliveForgivesAnEndThatStandsStillForSeconds(t *testing.T) {
 	}
 }
 
+// An end that shows that it is there and never reads is not waited for for ever.
+func TestKeepAliveEndsWithWhoTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		here, there := net.Pipe()
+		l := pipe{conns: make(chan net.Conn, 1)}
+		l.conns <- there
+		srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if c, err := Accept(w, r); err == nil {
+				_ = c.KeepAlive(r.Context()) // and no Read
+				c.CloseNow()
+			}
+		})}
+		go func() { _ = srv.Serve(l) }()
+		c, err := Dial(t.Context(), &http.Client{Transport: &http.Transport{
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return here, nil },
+		}}, "http://supernode")
+		require.NoError(t, err)
+		go func() {
+			_, err := c.Read(context.Background())
+			for err == nil {
+				_, err = c.Read(context.Background())
+			}
+		}()
+		go func() {
+			for c.Write(context.Background(), Up{Soon: make([]uint64, 10_000)}) == nil {
+			}
+		}()
+		began := time.Now()
+		require.ErrorContains(t, c.KeepAlive(t.Context()), "taken nothing")
+		require.InDelta(t, StuckLimit.Seconds(), time.Since(began).Seconds(), 2)
+		c.CloseNow()
+		close(l.conns)
+		_ = srv.Close()
+		<-time.After(time.Hour) // what still writes ends
+	})
+}
+
 func standsStill(t *testing.T, writes time.Duration) {
 	t.Helper()
 	here, there := net.Pipe()

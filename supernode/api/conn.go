@@ -28,6 +28,9 @@ const (
 	// SilenceLimit is when an end of which nothing has been heard is taken for
 	// dead. One that stands still for some seconds between beats is not.
 	SilenceLimit = 7 * tick
+	// StuckLimit is how long the other end may take over one frame: longer than
+	// any back-pressure, shorter than memory lasts.
+	StuckLimit = 30 * tick
 
 	tick = time.Second // what KeepAlive counts
 
@@ -41,7 +44,7 @@ type Conn[In, Out any] struct {
 	ws      *websocket.Conn
 	frame   heard         // being read
 	reads   atomic.Uint64 // begun and ended: odd while one waits
-	writes  atomic.Uint64 // ended, without beats
+	writes  atomic.Uint64 // begun and ended, without beats: odd while one is under way
 	beating atomic.Bool   // a beat is being written
 }
 
@@ -144,6 +147,7 @@ func (c *Conn[In, Out]) Write(ctx context.Context, out Out) error {
 	if err := cbor.MarshalToBuffer(out, frame); err != nil {
 		return fmt.Errorf("write session: %w", err)
 	}
+	c.writes.Add(1)
 	defer c.writes.Add(1)
 	return c.writeFrame(ctx, frame.Bytes())
 }
@@ -157,16 +161,16 @@ func (c *Conn[In, Out]) writeFrame(ctx context.Context, frame []byte) error {
 
 // KeepAlive shows the other end that this one is there, until ctx ends. It is
 // an error when nothing comes from the other end for SilenceLimit while this one
-// Reads. Who is slow to read is not dead: he says so, and what waits to be
-// written is the writer's to bound. Time is counted in ticks, so that a machine
-// that stood still takes nobody for dead.
+// Reads, or when it takes nothing of a Write for StuckLimit. Time is counted in
+// ticks, so that a machine that stood still takes nobody for dead. The session
+// must be closed then: a beat may be under way until that.
 func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
 	t := time.NewTicker(tick)
 	defer t.Stop()
 	broken := make(chan error, 1)
 	var read, written uint64
-	var silent, quiet time.Duration // the other end, and this one
-	for silent < SilenceLimit {
+	var silent, stuck, quiet time.Duration // the other end speaks, or takes, nothing; this one says nothing
+	for silent < SilenceLimit && stuck < StuckLimit {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -175,17 +179,25 @@ func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
 		case <-t.C:
 		}
 		silent += tick
+		stuck += tick
 		quiet += tick
 		if now := c.reads.Load(); now != read || now%2 == 0 {
 			read, silent = now, 0
 		}
-		if now := c.writes.Load(); now != written {
+		now := c.writes.Load()
+		if now != written || now%2 == 0 {
+			stuck = 0
+		}
+		if now != written {
 			written, quiet = now, 0
 		}
 		if quiet >= BeatEvery && c.beating.CompareAndSwap(false, true) {
 			quiet = 0
 			go c.beat(broken) // the other end may be slow to read
 		}
+	}
+	if stuck >= StuckLimit {
+		return fmt.Errorf("the other end has taken nothing for %v", StuckLimit)
 	}
 	return fmt.Errorf("session silent for %v", SilenceLimit)
 }
