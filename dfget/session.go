@@ -253,9 +253,6 @@ func (p *Peer) write(ctx context.Context, s *session) error {
 			for _, m := range batch {
 				m.add(&up)
 			}
-			p.mu.Lock()
-			s.takeAlongLocked(&up)
-			p.mu.Unlock()
 			if err := s.conn.Write(context.Background(), up); err != nil {
 				return err
 			}

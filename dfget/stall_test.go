@@ -387,45 +387,6 @@ func TestWant(t *testing.T) {
 	})
 }
 
-func TestFrameTakesAlongWhatEndsSoon(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBlob(1 << 20)
-		goOn := make(chan struct{})
-		net, n, h := bubble(t, PeerConfig{}, func(n *fakeNode, up api.Up) {
-			for _, j := range up.Join {
-				n.send(api.Down{
-					Task: []api.Task{n.grant(j, b)}, Digests: []api.Digests{digestsOf(b)},
-					Assign: []api.Assign{{Transfer: 1, Task: 1, Count: 3, Parent: "parent:80"}},
-				})
-			}
-		}, b)
-		net.serve(t, "parent", parent(b, func(w http.ResponseWriter, r *http.Request, body []byte) {
-			header(w, r, b, len(body))
-			_, _ = w.Write(body[:len(body)/3])
-			_ = http.NewResponseController(w).Flush()
-			pause(t, time.Second)
-			_, _ = w.Write(body[len(body)/3 : len(body)*7/12])
-			_ = http.NewResponseController(w).Flush()
-			<-goOn
-			_, _ = w.Write(body[len(body)*7/12:])
-		}))
-		s := open(t, h, Request{b.id, registryOrigin(), &upstream{}}, 0, -1)
-		pause(t, 1500*time.Millisecond)
-		synctest.Wait()
-		require.Equal(t, []api.Done{{Transfer: 1, Piece: 0}}, heard(n, dones))
-		require.Empty(t, heard(n, soons))
-		n.send(api.Down{Assign: []api.Assign{{Transfer: 2, Task: 1, First: 3, Count: 1}}})
-		synctest.Wait()
-		require.ElementsMatch(t, []uint64{1, 2}, heard(n, soons))
-		close(goOn)
-		got, err := io.ReadAll(s)
-		require.NoError(t, err)
-		require.Equal(t, b.bytes, got)
-		synctest.Wait()
-		require.Len(t, heard(n, soons), 2, "each is told once")
-	})
-}
-
 func TestSessionComesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBlob(1 << 20)
@@ -532,5 +493,45 @@ func TestOriginThatBreaksOff(t *testing.T) {
 			_, err := io.ReadAll(s)
 			require.ErrorContains(t, err, "1048575 bytes now")
 		})
+	})
+}
+
+// A transfer is told to end soon once, when its last bytes are on their way.
+func TestSoonIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBlob(1 << 20)
+		goOn := make(chan struct{})
+		net, n, h := bubble(t, PeerConfig{}, func(n *fakeNode, up api.Up) {
+			for _, j := range up.Join {
+				n.send(api.Down{
+					Task: []api.Task{n.grant(j, b)}, Digests: []api.Digests{digestsOf(b)},
+					Assign: []api.Assign{{Transfer: 1, Task: 1, Count: 3, Parent: "parent:80"}},
+				})
+			}
+		}, b)
+		net.serve(t, "parent", parent(b, func(w http.ResponseWriter, r *http.Request, body []byte) {
+			header(w, r, b, len(body))
+			_, _ = w.Write(body[:len(body)/3])
+			_ = http.NewResponseController(w).Flush()
+			pause(t, time.Second)
+			_, _ = w.Write(body[len(body)/3 : len(body)*19/20])
+			_ = http.NewResponseController(w).Flush()
+			<-goOn
+			_, _ = w.Write(body[len(body)*19/20:])
+		}))
+		s := open(t, h, Request{b.id, registryOrigin(), &upstream{bytes: b.bytes}}, 0, 3*b.layout.PieceSize)
+		pause(t, 500*time.Millisecond)
+		require.Empty(t, heard(n, soons), "most is to come")
+		pause(t, time.Second)
+		synctest.Wait()
+		require.Equal(t, []uint64{1}, heard(n, soons))
+		require.Less(t, len(heard(n, dones)), 3, "before it ends")
+		close(goOn)
+		got, err := io.ReadAll(s)
+		require.NoError(t, err)
+		require.Equal(t, b.bytes[:3*b.layout.PieceSize], got)
+		synctest.Wait()
+		require.Len(t, heard(n, dones), 3)
+		require.Equal(t, []uint64{1}, heard(n, soons), "once")
 	})
 }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"strconv"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -45,9 +44,8 @@ type transfer struct {
 	session      *session
 	ctx          context.Context
 	cancel       context.CancelCauseFunc
-	size         int64        // bytes
-	left         atomic.Int64 // of them have not come
-	told         atomic.Bool  // that it ends soon
+	left         int64 // bytes that have not come
+	told         bool  // that it ends soon
 }
 
 // failure is why a transfer ended early.
@@ -82,8 +80,7 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 		return
 	}
 	tr.task, tr.content, tr.ticket = t, t.content, t.ticket
-	tr.size = t.content.Layout().Offset(a.First+a.Count) - t.content.Layout().Offset(a.First)
-	tr.left.Store(tr.size)
+	tr.left = t.content.Layout().Offset(a.First+a.Count) - t.content.Layout().Offset(a.First)
 	tr.ctx, tr.cancel = context.WithCancelCause(s.life)
 	p.coming++
 	t.coming++
@@ -127,7 +124,7 @@ func (p *Peer) run(tr *transfer) {
 		}
 		if n == 0 {
 			p.done(tr, i)
-			tr.left.Add(-tr.content.Layout().Size(i))
+			tr.left -= tr.content.Layout().Size(i)
 			i++
 			continue
 		}
@@ -166,11 +163,11 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 		return err
 	}
 	p.answered(time.Since(began))
-	lead := min(tr.left.Load()/2, max(p.lead(), maxWait))
+	lead := min(tr.left/2, max(p.lead(), maxWait))
 	body := &watched{r: resp.Body, got: func(n int) {
 		timer.Reset(patience)
 		p.came(tr, n)
-		if tr.left.Load() <= lead {
+		if tr.left <= lead && !tr.told {
 			p.soon(tr)
 		}
 	}}
@@ -268,7 +265,7 @@ func causeOf(ctx context.Context, err error) error {
 
 // came counts bytes that have just come.
 func (p *Peer) came(tr *transfer, n int) {
-	tr.left.Add(-int64(n))
+	tr.left -= int64(n)
 	tr.task.touch(time.Now())
 	p.metrics.received.WithLabelValues(tr.source).Add(float64(n))
 	if tr.source == sourcePeer {
@@ -362,24 +359,10 @@ func (p *Peer) lead() int64 {
 	return int64(2 * time.Duration(p.answers.Load()).Seconds() * float64(p.rate.Load()))
 }
 
-// soon tells that a transfer ends soon, once.
+// soon tells that a transfer ends soon.
 func (p *Peer) soon(tr *transfer) {
-	if !tr.told.Swap(true) {
-		p.report(tr.session, message{size: 16, add: func(u *api.Up) { u.Soon = append(u.Soon, tr.id) }})
-	}
-}
-
-// takeAlongLocked has a frame that tells of transfers tell of those that are past
-// half of their bytes too: each would else have a frame of its own before long.
-func (s *session) takeAlongLocked(u *api.Up) {
-	if len(u.Done)+len(u.Soon) == 0 {
-		return
-	}
-	for id, tr := range s.running {
-		if left := tr.left.Load(); 0 < left && left <= tr.size/2 && !tr.told.Swap(true) {
-			u.Soon = append(u.Soon, id)
-		}
-	}
+	tr.told = true
+	p.report(tr.session, message{size: 16, add: func(u *api.Up) { u.Soon = append(u.Soon, tr.id) }})
 }
 
 // expected returns how long n bytes take one transfer, 0 when not known.

@@ -206,8 +206,7 @@ type transfer struct {
 	id    uint64
 	piece int // the next
 	left  int
-	half  time.Time // when half of its bytes have come
-	soon  bool      // the supernode was told of its end
+	soon  bool // the supernode was told of its end
 	ended bool
 }
 
@@ -248,7 +247,6 @@ func (s *swarm) lasts(n int) time.Duration {
 
 // run begins a transfer, whose end is told when a third of its time is left.
 func (h *host) run(tr *transfer) {
-	tr.half = time.Now().Add(h.swarm.lasts(tr.left) / 2)
 	h.wheel.after(h.swarm.lasts(1), due{h: h, tr: tr})
 	h.wheel.after(h.swarm.lasts(tr.left)*2/3, due{h: h, tr: tr, soon: true})
 }
@@ -309,7 +307,6 @@ func (h *host) leave() {
 func (h *host) flush() error {
 	h.mu.Lock()
 	now := time.Now()
-	h.takeAlong(now)
 	up := h.out
 	h.out = api.Up{}
 	for range h.asks {
@@ -324,20 +321,6 @@ func (h *host) flush() error {
 		return nil
 	}
 	return h.conn.Write(context.Background(), up)
-}
-
-// takeAlong has a frame that tells of transfers tell of those that are past half
-// of their bytes too, as that of a dfdaemon does.
-func (h *host) takeAlong(now time.Time) {
-	if h.out.Done == nil && h.out.Soon == nil {
-		return
-	}
-	for _, tr := range h.coming {
-		if !tr.soon && now.After(tr.half) {
-			h.out.Soon = append(h.out.Soon, tr.id)
-			h.ask(tr)
-		}
-	}
 }
 
 // follow acts on what the supernode says.
