@@ -42,6 +42,9 @@ func WriteError(w http.ResponseWriter, e *Error) {
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	h.Set("Cache-Control", "no-store")
+	if e.Status == http.StatusMethodNotAllowed {
+		h.Set("Allow", "GET, HEAD")
+	}
 	w.WriteHeader(e.Status)
 	_, _ = w.Write(body) // whoever went away needs no answer
 }

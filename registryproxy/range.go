@@ -14,40 +14,88 @@ type ByteRange struct{ Offset, Length int64 }
 // ErrRange is a Range header that asks for nothing a content has.
 var ErrRange = errors.New("the range lies outside the content")
 
-// ParseRange reads a Range header for a content of size bytes, size ≥ 0.
-// partial tells whether r is to be answered with 206. One range is bounded
-// ("bytes=0-99"), open ("bytes=100-") or a suffix ("bytes=-100"); what reaches
-// past the end is cut. Without a header, for another unit than bytes, for
-// several ranges at once and for empty content the answer is the whole as 200,
-// as the protocol allows. Else, also for what is no range at all, the error is
-// ErrRange.
+// maxRanges is how many ranges are answered at once. A header of 8 KiB holds
+// more, and each costs a seek: who asks for more gets the whole.
+const maxRanges = 256
+
+// ParseRange reads a Range header for a content of size bytes, size ≥ 0, where
+// one range is answered and several are not: for those r is the whole, as 200.
+// For the rest see ParseRanges; partial tells whether r is to be answered with
+// 206.
 func ParseRange(header string, size int64) (r ByteRange, partial bool, err error) {
-	whole := ByteRange{0, size}
-	unit, spec, _ := strings.Cut(header, "=")
-	if !strings.EqualFold(strings.TrimSpace(unit), "bytes") || strings.Contains(spec, ",") || size == 0 {
-		return whole, false, nil
+	if strings.Contains(header, ",") {
+		return ByteRange{0, size}, false, nil
 	}
-	first, last, found := strings.Cut(strings.TrimSpace(spec), "-")
+	rs, err := ParseRanges(header, size)
+	switch {
+	case err != nil:
+		return ByteRange{}, false, err
+	case len(rs) == 0:
+		return ByteRange{0, size}, false, nil
+	}
+	return rs[0], true, nil
+}
+
+// ParseRanges reads a Range header for a content of size bytes, size ≥ 0, and
+// returns what is to be answered with 206, in the order asked for; nothing when
+// the whole is, with 200. A range is bounded ("bytes=0-99"), open ("bytes=100-")
+// or a suffix ("bytes=-100"); what reaches past the end is cut, and of several
+// those that lie outside are left out. The answer is the whole where there is no
+// header, for another unit than bytes, for empty content, for more ranges than
+// maxRanges, and for several with more bytes than the content: they overlap.
+// Where no range is inside, or one is none, the error is ErrRange.
+func ParseRanges(header string, size int64) ([]ByteRange, error) {
+	unit, list, _ := strings.Cut(header, "=")
+	if !strings.EqualFold(strings.TrimSpace(unit), "bytes") || size == 0 || strings.Count(list, ",") >= maxRanges {
+		return nil, nil
+	}
+	var rs []ByteRange
+	left := size
+	for spec := range strings.SplitSeq(list, ",") {
+		if spec = strings.TrimSpace(spec); spec == "" {
+			continue
+		}
+		r, ok := parseSpec(spec, size)
+		if !ok {
+			return nil, ErrRange
+		}
+		if r.Length > 0 {
+			rs = append(rs, r)
+			left = max(left-r.Length, -1)
+		}
+	}
+	switch {
+	case len(rs) == 0:
+		return nil, ErrRange
+	case left < 0:
+		return nil, nil
+	}
+	return rs, nil
+}
+
+// parseSpec reads one range; Length is 0 where it lies outside.
+func parseSpec(s string, size int64) (r ByteRange, ok bool) {
+	first, last, found := strings.Cut(s, "-")
 	if !found {
-		return ByteRange{}, false, ErrRange
+		return ByteRange{}, false
 	}
 	if first == "" {
 		n, ok := parseOffset(last)
-		if !ok || n == 0 {
-			return ByteRange{}, false, ErrRange
-		}
 		n = min(n, size)
-		return ByteRange{size - n, n}, true, nil
+		return ByteRange{size - n, n}, ok
 	}
 	from, ok := parseOffset(first)
 	to := int64(math.MaxInt64)
 	if ok && last != "" {
 		to, ok = parseOffset(last)
 	}
-	if !ok || to < from || from >= size {
-		return ByteRange{}, false, ErrRange
+	if !ok || to < from {
+		return ByteRange{}, false
 	}
-	return ByteRange{from, min(to, size-1) - from + 1}, true, nil
+	if from >= size {
+		return ByteRange{}, true
+	}
+	return ByteRange{from, min(to, size-1) - from + 1}, true
 }
 
 // parseOffset reads decimal digits; what is too large for an int64 is the

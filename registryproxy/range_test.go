@@ -7,6 +7,8 @@ import (
 	"math/big"
 	"net/http/httptest"
 	"regexp"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -55,6 +57,40 @@ func TestParseRange(t *testing.T) {
 			got, partial, err := ParseRange(tt.header, tt.size)
 			require.Equal(t, tt.err, err)
 			require.Equal(t, tt.partial, partial)
+			require.Equal(t, tt.want, got)
+		})
+	}
+}
+
+func TestParseRanges(t *testing.T) {
+	many := "bytes=0-0" + strings.Repeat(",0-0", maxRanges-1)
+	tests := []struct {
+		header string
+		size   int64
+		want   []ByteRange
+		err    error
+	}{
+		{"", 100, nil, nil},
+		{"bytes=0-0,99-99", 100, []ByteRange{{0, 1}, {99, 1}}, nil},
+		{"bytes=90-, 5-9,-2", 100, []ByteRange{{90, 10}, {5, 5}, {98, 2}}, nil},
+		{"bytes=,5-9,, 1-2 ,", 100, []ByteRange{{5, 5}, {1, 2}}, nil},
+		{"bytes=200-300,5-9,-0", 100, []ByteRange{{5, 5}}, nil},
+		{"bytes=200-300,100-", 100, nil, ErrRange},
+		{"bytes=,", 100, nil, ErrRange},
+		{"bytes=5-9,9-5", 100, nil, ErrRange},
+		{"bytes=5-9,x", 100, nil, ErrRange},
+		{"bytes=0-49,50-", 100, []ByteRange{{0, 50}, {50, 50}}, nil},
+		{"bytes=0-50,50-", 100, nil, nil},
+		{"bytes=0-,0-,0-", math.MaxInt64, nil, nil},
+		{"bytes=0-1,3-4", 0, nil, nil},
+		{"pages=0-1,3-4", 9, nil, nil},
+		{many, maxRanges, slices.Repeat([]ByteRange{{0, 1}}, maxRanges), nil},
+		{many + ",0-0", 2 * maxRanges, nil, nil},
+	}
+	for _, tt := range tests {
+		t.Run(fmt.Sprintf("%.40s of %d", tt.header, tt.size), func(t *testing.T) {
+			got, err := ParseRanges(tt.header, tt.size)
+			require.Equal(t, tt.err, err)
 			require.Equal(t, tt.want, got)
 		})
 	}
@@ -125,6 +161,41 @@ func FuzzParseRange(f *testing.F) {
 			if want, ok := rangeTwin(header, size); ok != partial || ok && want != r {
 				t.Fatalf("%q of %d is %v %v, want %v %v", header, size, r, partial, want, ok)
 			}
+		}
+	})
+}
+
+func FuzzParseRanges(f *testing.F) {
+	for _, s := range []string{"bytes=0-1,3-4", "bytes=-3,5-,2-9", "bytes=0-1,9-5", "bytes=,,1-", "bytes=99999999999999999999-,0-"} {
+		f.Add(s, int64(10))
+	}
+	f.Fuzz(func(t *testing.T, header string, size int64) {
+		if size < 0 {
+			return
+		}
+		rs, err := ParseRanges(header, size)
+		if len(rs) > maxRanges || err != nil && len(rs) > 0 {
+			t.Fatalf("%d ranges, error %v", len(rs), err)
+		}
+		left := size
+		for _, r := range rs {
+			if r.Offset < 0 || r.Length < 1 || r.Offset > size-r.Length || r.Length > left {
+				t.Fatalf("%v of %d", rs, size)
+			}
+			left -= r.Length
+		}
+		unit, list, _ := strings.Cut(header, "=")
+		if len(rs) == 0 || unit != "bytes" {
+			return
+		}
+		var want []ByteRange // each as if it were alone
+		for spec := range strings.SplitSeq(list, ",") {
+			if r, partial, err := ParseRange("bytes="+spec, size); err == nil && partial {
+				want = append(want, r)
+			}
+		}
+		if !slices.Equal(rs, want) {
+			t.Fatalf("%q of %d is %v, want %v", header, size, rs, want)
 		}
 	})
 }

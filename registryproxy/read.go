@@ -230,8 +230,8 @@ func (c *Client) HeadBlob(ctx context.Context, repo Repository, dgst string, who
 var forwardedHeaders = []string{"Accept", "If-Modified-Since", "If-None-Match"}
 
 // Forward asks for what route names with a GET or HEAD, and with the caller's
-// query but for ns, and returns the answer as it comes, its body unlimited and
-// to be closed.
+// query but for ns, and returns the answer, of status 200 or 304, as it comes,
+// its body unlimited and to be closed.
 func (c *Client) Forward(ctx context.Context, method string, route Route, query url.Values, header http.Header, who Caller) (*http.Response, error) {
 	if method != http.MethodGet && method != http.MethodHead {
 		return nil, &Error{http.StatusMethodNotAllowed, CodeUnsupported, "only reads are forwarded"}
@@ -247,6 +247,10 @@ func (c *Client) Forward(ctx context.Context, method string, route Route, query 
 	}
 	a, err := c.ask(ctx, q)
 	if err != nil {
+		return nil, err
+	}
+	if err := a.want(http.StatusOK, http.StatusNotModified); err != nil {
+		a.close()
 		return nil, err
 	}
 	return &http.Response{
