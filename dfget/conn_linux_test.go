@@ -3,6 +3,7 @@ package dfget
 import (
 	"bytes"
 	"io"
+	"net/http"
 	"net/http/httptest"
 	"testing"
 
@@ -13,7 +14,7 @@ func TestReceiverIsWokenForMuchAtATime(t *testing.T) {
 	body := bytes.Repeat([]byte("damselfly"), 200_000)
 	s := httptest.NewServer(trickle(body, 9000, 0))
 	defer s.Close()
-	client := newTransfers(1)
+	client := &http.Client{Transport: newTransport(1)}
 	fewest := len(body)
 	for try := 0; try < 20 && fewest > len(body)/maxWait*3/2+8; try++ { // a busy machine may wake it more often
 		resp := bodyOf(t, client, s.URL)

@@ -77,8 +77,8 @@ type Peer struct {
 	store     *pieces.Store
 	log       *zap.Logger
 	metrics   *metrics
-	client    *http.Client  // of sessions, and of transfers over TLS
-	transfers *http.Client  // of all other transfers
+	client    *http.Client // of sessions
+	transfers *transport
 	slots     chan struct{} // taken by each upload
 	tickets   tickets
 	group     *errgroup.Group // of Run, for what runs in it to add to
@@ -113,23 +113,22 @@ func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheu
 	}
 	return &Peer{
 		cfg: cfg, store: store, log: log, metrics: m,
-		client:    &http.Client{Transport: newTransport(cfg.DownLanes), CheckRedirect: noRedirect},
-		transfers: newTransfers(cfg.DownLanes),
+		client:    newClient(),
+		transfers: newTransport(2 * cfg.DownLanes),
 		slots:     make(chan struct{}, 3*cfg.UpLanes),
 		up:        make(chan struct{}),
 		tasks:     make(map[pieces.TaskID]*task),
 	}, nil
 }
 
-// newTransport returns what HTTP goes over, for so many transfers at once.
-func newTransport(lanes int) *http.Transport {
-	return &http.Transport{
-		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
-		TLSHandshakeTimeout: dialTimeout,
-		MaxIdleConns:        512,
-		MaxIdleConnsPerHost: 2 * lanes,
-		IdleConnTimeout:     time.Minute,
-		DisableCompression:  true,
+// newClient returns the client of sessions.
+func newClient() *http.Client {
+	return &http.Client{
+		Transport: &http.Transport{
+			DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+			TLSHandshakeTimeout: dialTimeout,
+		},
+		CheckRedirect: noRedirect,
 	}
 }
 

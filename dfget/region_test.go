@@ -365,9 +365,7 @@ func newHost(t *testing.T, dir string, cfg PeerConfig, quota int64, dial func(co
 	h.Peer, err = NewPeer(cfg, h.store, zaptest.NewLogger(t), h.reg)
 	require.NoError(t, err)
 	if dial != nil {
-		for _, c := range []*http.Client{h.client, h.transfers} {
-			c.Transport.(*http.Transport).DialContext = dial
-		}
+		h.client.Transport.(*http.Transport).DialContext, h.transfers.dial = dial, dial
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})

@@ -150,11 +150,7 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 	timer := time.AfterFunc(patience, func() { cancel(errSilent) })
 	defer timer.Stop()
 	began := time.Now()
-	client := p.transfers
-	if req.URL.Scheme == "https" {
-		client = p.client
-	}
-	resp, err := client.Do(req)
+	resp, err := p.transfers.RoundTrip(req)
 	if err != nil {
 		return &failure{why: api.Gone, err: causeOf(ctx, err)}
 	}
