@@ -72,6 +72,7 @@ const slack = 16 << 20
 // Main runs the command with the process's arguments, and ends the process.
 func (c Command) Main() {
 	ballast := make([]byte, slack) // counted as heap, and no memory as nobody touches it
+	go followLoad(context.Background())
 	code := c.Execute(context.Background(), os.Args[1:], os.Stdout, os.Stderr)
 	runtime.KeepAlive(ballast)
 	os.Exit(code)
