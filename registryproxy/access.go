@@ -50,13 +50,13 @@ func proofOf(kind Kind, repo Repository, reference string, who Caller) proof {
 }
 
 // Check returns nil if who may read a manifest or a blob, which is public if
-// no credentials are needed. The registry is asked only when nothing is
+// no credentials are needed, also none of the configuration. The registry is asked only when nothing is
 // remembered, with the caller's own credentials or, where it has none, without;
 // callers with the same ones share the request. The error is the registry's
 // *Refusal, remembered for five seconds if it is final, or what Client returns.
 func (a *Access) Check(ctx context.Context, kind Kind, repo Repository, reference string, who Caller) (public bool, err error) {
 	if _, ok := a.proofs.get(proofOf(kind, repo, reference, Caller{})); ok {
-		return true, nil
+		return a.client.IsPublic(repo.Registry, Caller{}), nil
 	}
 	p := proofOf(kind, repo, reference, who)
 	if _, ok := a.proofs.get(p); ok {
@@ -80,7 +80,7 @@ func (a *Access) Check(ctx context.Context, kind Kind, repo Repository, referenc
 	case <-ctx.Done():
 		return false, context.Cause(ctx)
 	case r := <-done:
-		return r.Err == nil && who.Authorization == "", r.Err
+		return r.Err == nil && a.client.IsPublic(repo.Registry, who), r.Err
 	}
 }
 

@@ -103,7 +103,7 @@ func (r *Refusal) Relay(w http.ResponseWriter) {
 // URL which the registry has signed.
 func (r *Refusal) Final() bool {
 	if r.Status >= 500 {
-		return false
+		return r.Limited()
 	}
 	switch r.Status {
 	case http.StatusNotFound, http.StatusGone, http.StatusTooManyRequests, http.StatusUnavailableForLegalReasons:

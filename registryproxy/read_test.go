@@ -97,7 +97,7 @@ func TestRealRegistries(t *testing.T) {
 			defer server.Close()
 			blob := strings.Repeat("0123456789", 1000)
 			manifest := push(t, server.URL, "org/app", blob, reg.who)
-			c := newTestClient(t, Config{Upstreams: []Upstream{{"reg.test", server.URL + "/"}}})
+			c := newTestClient(t, Config{Upstreams: []Upstream{{Name: "reg.test", URL: server.URL + "/"}}})
 			readEverything(t, c, Repository{"reg.test", "org/app"}, blob, manifest, reg.who)
 		})
 	}
@@ -166,7 +166,7 @@ func TestBasicAuth(t *testing.T) {
 	server := httptest.NewServer(distribution(t, withPassword(t)))
 	defer server.Close()
 	push(t, server.URL, "org/app", "blob", Caller{alice})
-	c := newTestClient(t, Config{Upstreams: []Upstream{{"reg.test", server.URL}}})
+	c := newTestClient(t, Config{Upstreams: []Upstream{{Name: "reg.test", URL: server.URL}}})
 	for _, who := range []Caller{{}, {"Basic YWxpY2U6d3Jvbmc="}, {"Bearer x"}} {
 		_, err := c.Manifest(t.Context(), false, Repository{"reg.test", "org/app"}, "v1", nil, who)
 		r := refusalOf(t, err)
@@ -217,7 +217,7 @@ func TestWhereAndWhat(t *testing.T) {
 		for _, addr := range []string{"registry-1.docker.io:443", "plain.test:80", "other.test:443"} {
 			net.handle(addr, record)
 		}
-		c := net.client(Config{Upstreams: []Upstream{{"Prefixed.test", "http://plain.test/a/b//"}}})
+		c := net.client(Config{Upstreams: []Upstream{{Name: "Prefixed.test", URL: "http://plain.test/a/b//"}}})
 		for _, registry := range []string{"docker.io", "prefixed.test", "other.test"} {
 			_, err := c.Manifest(t.Context(), true, Repository{registry, "org/app"}, "latest", nil, Caller{})
 			require.NoError(t, err)

@@ -3,6 +3,7 @@ package registryproxy
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/docker/distribution/registry/client/auth/challenge"
 	"golang.org/x/sync/singleflight"
 )
 
@@ -23,48 +23,64 @@ const (
 	maxTokenLife  = time.Hour         // and what we believe of one that does
 	tokenHeadroom = 10 * time.Second  // for a request on its way
 	tokenTimeout  = 2 * headerTimeout // for the whole fetch, redirects included
+	basicLife     = 5 * time.Minute   // how long a registry is taken to want no token
+	clientID      = "damselfly"
 )
 
-// errNoBearer is a registry that wants something else than a token.
-var errNoBearer = errors.New("the challenge asks for no bearer token")
+// errNoWay is a registry that wants something we have not.
+var errNoWay = errors.New("the challenge asks for nothing that there is")
 
-// tokens holds anonymous tokens until they expire, as Authorization headers.
-// A read of a repository always has the same scope, so the repository is the key.
+// tokenKey is what an Authorization header is good for. A read of a repository
+// always has the same scope.
+type tokenKey struct {
+	repo  Repository
+	login [sha256.Size]byte
+}
+
+// tokens holds a host's tokens until they expire, as Authorization headers.
 type tokens struct {
-	known  *memo[Repository, string]
+	known  *memo[tokenKey, string]
 	flight singleflight.Group
 }
 
 func newTokens() *tokens {
-	return &tokens{known: newMemo[Repository, string](maxTokens, time.Now)}
+	return &tokens{known: newMemo[tokenKey, string](maxTokens, time.Now)}
 }
 
-func (t *tokens) get(repo Repository) (string, bool) { return t.known.get(repo) }
+func (t *tokens) get(key tokenKey) (string, bool) { return t.known.get(key) }
 
 // forget drops a token that was not accepted.
-func (t *tokens) forget(repo Repository, token string) {
-	t.known.drop(repo, func(v string) bool { return v == token })
+func (t *tokens) forget(key tokenKey, token string) {
+	t.known.drop(key, func(v string) bool { return v == token })
 }
 
-// token returns an Authorization header for anonymous reads of repo, from the
-// token server that the challenges in header name. Askers at the same moment
-// share one request. (The client of docker/distribution has its challenge
-// parser used here; its token handler takes no context, locks over the request
+// authorization returns an Authorization header for reads of repo as who, who may
+// be nobody, by the challenges in header. Askers at the same moment share one
+// request to the token server. (Of docker/distribution's client the challenge
+// parser is used here; its token handler takes no context, locks over the request
 // and reads answers of any size.)
-func (c *Client) token(ctx context.Context, repo Repository, header http.Header) (string, error) {
-	params, err := bearerParams(header)
-	if err != nil {
-		return "", err
+func (c *Client) authorization(ctx context.Context, e *endpoint, repo Repository, who login, header http.Header) (string, error) {
+	params, basic := wanted(header)
+	if params == nil {
+		if h := who.basic(); h != "" && basic {
+			e.tokens.known.put(tokenKey{repo, who.hash()}, h, basicLife)
+			return h, nil
+		}
+		return "", errNoWay
 	}
-	done := c.tokens.flight.DoChan(repo.String(), func() (any, error) {
-		if token, ok := c.tokens.get(repo); ok {
+	if who.bearer != "" {
+		return "Bearer " + who.bearer, nil
+	}
+	key := tokenKey{repo, who.hash()}
+	done := e.tokens.flight.DoChan(fmt.Sprint(repo, key.login), func() (any, error) {
+		if token, ok := e.tokens.get(key); ok {
 			return token, nil
 		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tokenTimeout)
 		defer cancel()
-		token, life, err := c.fetchToken(ctx, repo, params)
+		token, life, err := c.fetchToken(ctx, e, repo, who, params)
 		if err == nil {
-			c.tokens.known.put(repo, token, life)
+			e.tokens.known.put(key, token, life)
 		}
 		return token, err
 	})
@@ -76,40 +92,42 @@ func (c *Client) token(ctx context.Context, repo Repository, header http.Header)
 	}
 }
 
-func bearerParams(header http.Header) (map[string]string, error) {
-	resp := &http.Response{StatusCode: http.StatusUnauthorized, Header: header}
-	for _, ch := range challenge.ResponseChallenges(resp) {
-		if ch.Scheme == "bearer" && ch.Parameters["realm"] != "" {
-			return ch.Parameters, nil
+// wanted returns the parameters of the first challenge for a bearer token, nil
+// for none, and whether a user and a password will do.
+func wanted(header http.Header) (bearer map[string]string, basic bool) {
+	for _, ch := range challenges(header) {
+		switch {
+		case bearer == nil && ch.Scheme == "bearer" && ch.Parameters["realm"] != "":
+			bearer = ch.Parameters
+		case ch.Scheme == "basic":
+			basic = true
 		}
 	}
-	return nil, errNoBearer
+	return bearer, basic
 }
 
 // fetchToken asks the token server of a challenge. Its errors quote nothing of
 // the challenge or of the answer.
-func (c *Client) fetchToken(ctx context.Context, repo Repository, params map[string]string) (token string, life time.Duration, err error) {
+func (c *Client) fetchToken(ctx context.Context, e *endpoint, repo Repository, who login, params map[string]string) (token string, life time.Duration, err error) {
 	realm, err := url.Parse(params["realm"])
 	if err != nil || realm.Host == "" {
 		return "", 0, errors.New("the challenge's realm is not a URL")
 	}
-	if realm.Scheme != "https" && realm.Scheme != c.base(repo.Registry).Scheme {
+	if realm.Scheme != "https" && realm.Scheme != e.base.Scheme {
 		return "", 0, errors.New("the challenge's realm is not on https")
-	}
-	query := realm.Query()
-	if service := params["service"]; service != "" {
-		query.Set("service", service)
 	}
 	scope := params["scope"]
 	if scope == "" && repo.Name != "" {
 		scope = "repository:" + repo.Name + ":pull"
 	}
-	for s := range strings.FieldsSeq(scope) {
-		query.Add("scope", s)
+	r := tokenRequest(realm, params["service"], scope, who)
+	key := limitKeyOf(realm.Host, tokenKind, r.method, string(fmt.Append(nil, who.hash())))
+	a, spared, err := c.limits.do(ctx, key, func() (*answer, error) {
+		return c.exchange(ctx, e, repo.Registry, tokenKind).do(r)
+	})
+	if spared {
+		c.spared.WithLabelValues(sparedLimited).Inc()
 	}
-	realm.RawQuery = query.Encode()
-
-	a, err := c.exchange(ctx, repo.Registry, tokenKind).do(http.MethodGet, realm, http.Header{})
 	if err != nil {
 		return "", 0, fmt.Errorf("token server: %w", err)
 	}
@@ -119,6 +137,33 @@ func (c *Client) fetchToken(ctx context.Context, repo Repository, params map[str
 		return "", 0, fmt.Errorf("token server: %w", err)
 	}
 	return readToken(body)
+}
+
+// tokenRequest asks a token server: with a GET as docker always has, or with the
+// POST of OAuth 2 where there is a refresh token.
+func tokenRequest(realm *url.URL, service, scope string, who login) request {
+	if who.identity != "" {
+		form := url.Values{
+			"grant_type": {"refresh_token"}, "refresh_token": {who.identity},
+			"client_id": {clientID}, "service": {service}, "scope": {scope},
+		}
+		header := http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}
+		return request{method: http.MethodPost, url: realm, header: header, body: form.Encode()}
+	}
+	r := request{method: http.MethodGet, url: realm, header: http.Header{}}
+	query := realm.Query()
+	if service != "" {
+		query.Set("service", service)
+	}
+	for s := range strings.FieldsSeq(scope) {
+		query.Add("scope", s)
+	}
+	if h := who.basic(); h != "" {
+		query.Set("account", who.user)
+		r.header.Set("Authorization", h)
+	}
+	realm.RawQuery = query.Encode()
+	return r
 }
 
 // readToken reads a token server's answer.

@@ -147,11 +147,12 @@ func (s *registrySource) check(ctx context.Context, reference string, wasPublic 
 	return public, err
 }
 
-// isNo tells the origin's no, and a request that must not be sent, from trouble.
+// isNo tells the origin's no, and a request that must not be sent, from trouble;
+// that it is asked too much is trouble too.
 func isNo(err error) bool {
 	_, malformed := errors.AsType[*registryproxy.Error](err)
-	_, no := refused(err)
-	return malformed || no
+	r, no := refused(err)
+	return malformed || no && !r.Limited()
 }
 
 func (s *registrySource) opened(*body) bool {
@@ -164,7 +165,7 @@ func (s *registrySource) proved(reference string) {
 	s.access.Proved(s.kind, s.repo, reference, s.who, s.anonymous())
 }
 
-func (s *registrySource) anonymous() bool { return s.who.Authorization == "" }
+func (s *registrySource) anonymous() bool { return s.client.IsPublic(s.repo.Registry, s.who) }
 
 // continues is true: the digest decides.
 func (s *registrySource) continues(*body) bool { return true }

@@ -55,8 +55,16 @@ func load(fs *pflag.FlagSet, env string) error {
 	return first
 }
 
+// tree is a flag that takes more than a plain value, or a list of them.
+type tree interface{ SetTree(value any) error }
+
 // set gives a flag a value from a file, which may be a list, or a variable.
 func set(v pflag.Value, value any) error {
+	if t, ok := v.(tree); ok {
+		if _, text := value.(string); !text {
+			return t.SetTree(value)
+		}
+	}
 	many, takesMany := v.(pflag.SliceValue)
 	list, isList := value.([]any)
 	if !takesMany || !isList {

@@ -1,0 +1,225 @@
+package registryproxy
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sony/gobreaker/v2"
+)
+
+const (
+	mirrorHeaderTimeout = 4 * time.Second // a mirror is not waited for as long
+	defaultRetries      = 1
+	maxRetries          = 5
+	maxUnnamed          = 1024 // registries that the configuration does not name
+)
+
+// upstream is a registry with its mirrors.
+type upstream struct {
+	endpoints []*endpoint // the mirrors in order, last the registry itself
+	shared    bool        // who has no credentials reads with configured ones
+}
+
+// endpoint is a host that is asked for a registry's contents.
+type endpoint struct {
+	name      string // for logs: a host, with its port where it has one
+	base      *url.URL
+	mirror    bool
+	callers   bool              // callers' own credentials may be sent
+	own       http.RoundTripper // to base's host
+	others    http.RoundTripper // to those it redirects to: without its client certificate
+	logins    *logins
+	tokens    *tokens
+	breaker   *gobreaker.CircuitBreaker[*answer]
+	header    time.Duration // until an answer's header
+	retries   int
+	unhealthy *memo[string, struct{}] // paths of which it has given damaged bytes
+}
+
+// transportTo is what a request to u goes by.
+func (e *endpoint) transportTo(u *url.URL) http.RoundTripper {
+	if u.Scheme == e.base.Scheme && strings.EqualFold(u.Host, e.base.Host) {
+		return e.own
+	}
+	return e.others
+}
+
+// upstreams are the registries: those of the configuration, and others as they
+// are asked for.
+type upstreams struct {
+	transport http.RoundTripper // for whom nothing special is said
+	named     map[string]*upstream
+
+	mu      sync.Mutex // guards unnamed
+	unnamed map[string]*upstream
+}
+
+func newUpstreams(cfg Config, transport *http.Transport) (*upstreams, error) {
+	s := &upstreams{transport: transport, named: map[string]*upstream{}, unnamed: map[string]*upstream{}}
+	for _, u := range cfg.Upstreams {
+		name, _ := canonicalRegistry(u.Name) // Validate has seen it
+		up, err := s.build(name, u)
+		if err != nil {
+			return nil, fmt.Errorf("registry %q: %w", u.Name, err)
+		}
+		s.named[name] = up
+	}
+	return s, nil
+}
+
+// get returns a registry by its canonical name.
+func (s *upstreams) get(registry string) *upstream {
+	if u, ok := s.named[registry]; ok {
+		return u
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if u, ok := s.unnamed[registry]; ok {
+		return u
+	}
+	for old := range s.unnamed { // any: what is forgotten is a token and a breaker's state
+		if len(s.unnamed) < maxUnnamed {
+			break
+		}
+		delete(s.unnamed, old)
+	}
+	u, _ := s.build(registry, Upstream{Name: registry}) // it has no file that could fail
+	s.unnamed[registry] = u
+	return u
+}
+
+func (s *upstreams) build(name string, u Upstream) (*upstream, error) {
+	up := &upstream{shared: u.Readers == ReadersRegion}
+	for i, m := range u.Mirrors {
+		e, err := s.endpoint(u, m)
+		if err != nil {
+			return nil, fmt.Errorf("mirrors[%d].%w", i, err)
+		}
+		e.mirror = true
+		e.logins, err = newLogins(hostPort(e.base), m.Credentials)
+		if err != nil {
+			return nil, fmt.Errorf("mirrors[%d].credentials.%w", i, err)
+		}
+		e.callers = m.CallerCredentials
+		e.header = mirrorHeaderTimeout
+		e.breaker = newBreaker(mirrorFailures, mirrorPause)
+		up.endpoints = append(up.endpoints, e)
+	}
+	m := Mirror{URL: u.URL, TLS: u.TLS, Credentials: u.Credentials, CallerCredentials: true}
+	if m.URL == "" {
+		m.URL = "https://" + registryHost(name)
+	}
+	e, err := s.endpoint(u, m)
+	if err == nil {
+		e.logins, err = newLogins(name, m.Credentials)
+		if err != nil {
+			err = fmt.Errorf("credentials.%w", err)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	e.callers, e.header = true, headerTimeout
+	e.breaker = newBreaker(registryFailures, registryPause)
+	up.endpoints = append(up.endpoints, e)
+	for _, e := range up.endpoints {
+		if u.HeaderTimeout > 0 {
+			e.header = u.HeaderTimeout
+		}
+	}
+	return up, nil
+}
+
+// registryHost is where a registry is when nobody says otherwise.
+func registryHost(name string) string {
+	if name == "docker.io" {
+		return "registry-1.docker.io"
+	}
+	return name
+}
+
+// endpoint makes what is the same for a registry and a mirror.
+func (s *upstreams) endpoint(u Upstream, m Mirror) (*endpoint, error) {
+	base, err := parseBase(m.URL)
+	if err != nil {
+		return nil, fmt.Errorf("url: %w", err)
+	}
+	e := &endpoint{
+		name: hostPort(base), base: base, own: s.transport, others: s.transport,
+		tokens: newTokens(), retries: defaultRetries, unhealthy: newMemo[string, struct{}](maxUnhealthy, time.Now),
+	}
+	if u.Retries != nil {
+		e.retries = *u.Retries
+	}
+	if m.TLS == (TLS{}) && u.ConnectTimeout == 0 {
+		return e, nil
+	}
+	own := newTransport()
+	if u.ConnectTimeout > 0 {
+		own.DialContext = (&net.Dialer{Timeout: u.ConnectTimeout}).DialContext
+	}
+	if own.TLSClientConfig, err = m.TLS.config(); err != nil {
+		return nil, err
+	}
+	e.own, e.others = own, own
+	if own.TLSClientConfig.GetClientCertificate != nil {
+		others := own.Clone()
+		others.TLSClientConfig.GetClientCertificate = nil
+		e.others = others
+	}
+	return e, nil
+}
+
+// config reads the files of t.
+func (t TLS) config() (*tls.Config, error) {
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
+	if t.CA != "" {
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		pem, err := readFile(t.CA)
+		if err != nil {
+			return nil, fmt.Errorf("ca: %w", err)
+		}
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("ca: %s holds no certificate: it must be in PEM, with BEGIN CERTIFICATE", t.CA)
+		}
+		cfg.RootCAs = pool
+	}
+	if t.ClientCert == "" {
+		return cfg, nil
+	}
+	var pair file[*tls.Certificate]
+	pair.path = t.ClientCert
+	pair.parse = func(cert []byte) (*tls.Certificate, error) {
+		key, err := readFile(t.ClientKey)
+		if err != nil {
+			return nil, err
+		}
+		c, err := tls.X509KeyPair(cert, key)
+		if err != nil {
+			return nil, errors.New("they are not a certificate and its key, both in PEM")
+		}
+		return &c, nil
+	}
+	if _, err := pair.get(); err != nil {
+		return nil, fmt.Errorf("client-cert and client-key: %w", err)
+	}
+	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		c, err := pair.get()
+		if c != nil {
+			return c, nil // that of before, where the new one cannot be read
+		}
+		return nil, err
+	}
+	return cfg, nil
+}
