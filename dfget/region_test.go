@@ -36,7 +36,7 @@ type blob struct {
 }
 
 func newBlob(n int) *blob {
-	b := &blob{bytes: make([]byte, n), layout: pieces.NewLayout(int64(n))}
+	b := &blob{bytes: make([]byte, n), layout: pieces.Layout{Length: int64(n), PieceSize: 256 << 10}}
 	r := rand.NewChaCha8([32]byte{byte(n)})
 	_, _ = r.Read(b.bytes)
 	b.id = pieces.TaskID(fmt.Sprintf("sha256:%x", sha256.Sum256(b.bytes)))

@@ -7,7 +7,7 @@ import (
 
 const (
 	// MinPieceSize is the least that NewLayout chooses, in bytes.
-	MinPieceSize = 256 << 10
+	MinPieceSize = 128 << 10
 	// MaxPieceSize is the most that NewLayout chooses, in bytes, but for content
 	// past MaxPieces pieces of it.
 	MaxPieceSize = 4 << 20

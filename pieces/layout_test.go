@@ -8,10 +8,12 @@ func TestNewLayout(t *testing.T) {
 		length, size int64
 		count        int
 	}{
-		{0, 256 * kib, 0},
-		{1, 256 * kib, 1},
-		{256 * kib, 256 * kib, 1},
-		{256*kib + 1, 256 * kib, 2},
+		{0, 128 * kib, 0},
+		{1, 128 * kib, 1},
+		{128 * kib, 128 * kib, 1},
+		{128*kib + 1, 128 * kib, 2},
+		{32 * mib, 128 * kib, 256},
+		{32*mib + 256, 256 * kib, 129},
 		{64 * mib, 256 * kib, 256},
 		{64*mib + 256, 512 * kib, 129},
 		{256 * mib, mib, 256},

@@ -186,7 +186,7 @@ func TestURLThatChangesMidwayIsNotMixed(t *testing.T) {
 	id, o := s.origin("")
 	_, no := host.join(id, o)
 	require.Nil(t, no)
-	host.await("the first pieces", func() bool { return len(host.byID[id].have) == 2 })
+	host.await("the first pieces", func() bool { return len(host.byID[id].have) == 700_000/pieces.MinPieceSize })
 	s.set(func() { s.content, s.etag = next, `"2"` })
 	close(hold)
 	host.await("the order to drop them", func() bool { return len(host.invalid) == 1 })

@@ -23,7 +23,7 @@ func TestSimulate(t *testing.T) {
 	require.Zero(t, code, stderr)
 	require.Empty(t, stderr)
 	for _, says := range []string{
-		"5, each 100 Mbit/s", "1 Gbit/s, registry 1 Gbit/s", "20 MiB in 80 pieces of 256 KiB",
+		"5, each 100 Mbit/s", "1 Gbit/s, registry 1 Gbit/s", "20 MiB in 160 pieces of 128 KiB",
 		"the slowest host's download link is the limit", "100 MiB, at least 839 ms over the registry's link",
 	} {
 		require.Contains(t, stdout, says)
