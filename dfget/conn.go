@@ -116,7 +116,7 @@ func (t *transport) connect(req *http.Request) (net.Conn, error) {
 		return secure, nil
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
-		return &receiver{TCPConn: tcp, wait: pieces.MinPieceSize / 16, low: 1}, nil
+		return &receiver{TCPConn: tcp, wait: pieces.MinPieceSize / 8, low: 1}, nil
 	}
 	return conn, nil
 }
