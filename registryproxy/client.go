@@ -158,6 +158,9 @@ func (c *Client) ask(ctx context.Context, q question) (*answer, error) {
 			continue
 		}
 		a, err := c.askAt(ctx, e, q)
+		if err == nil && q.Kind == KindManifest && q.method == http.MethodGet {
+			err = a.hold(q.Reference)
+		}
 		if err == nil || ctx.Err() != nil {
 			return a, err
 		}

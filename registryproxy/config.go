@@ -46,7 +46,8 @@ type Upstream struct {
 	ConnectTimeout time.Duration `mapstructure:"connect-timeout"`
 	HeaderTimeout  time.Duration `mapstructure:"header-timeout"`
 	// Retries is how often a request is sent again that broke off before its
-	// answer or was answered with 500, 502, 503 or 504; nil stands for 1.
+	// answer or was answered with 500, 502, 503 or 504; nil stands for 1. After a
+	// mirror the next one is asked instead.
 	Retries *int `mapstructure:"retries"`
 }
 

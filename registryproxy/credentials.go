@@ -205,10 +205,8 @@ func (l *logins) ask(ctx context.Context, helper string) (login, error) {
 		return h.login, h.err
 	}
 	done := l.flight.DoChan(helper, func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), helperTime)
-		defer cancel()
 		h := helped{}
-		h.login, h.err = runHelper(ctx, helper, l.host)
+		h.login, h.err = runHelper(context.WithoutCancel(ctx), helper, l.host)
 		life := helperLife
 		if h.err != nil {
 			life = helperFailure
@@ -231,6 +229,8 @@ func runHelper(ctx context.Context, name, registry string) (login, error) {
 	if strings.ContainsAny(name, `/\\`) {
 		return login{}, errors.New("a credential helper's name holds a slash: want what follows docker-credential- in the program's name")
 	}
+	ctx, cancel := context.WithTimeout(ctx, helperTime)
+	defer cancel()
 	server := registry
 	if registry == "docker.io" {
 		server = "https://index.docker.io/v1/"

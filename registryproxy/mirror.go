@@ -1,6 +1,7 @@
 package registryproxy
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net/http"
@@ -14,7 +15,27 @@ const (
 	unhealthyTime = 10 * time.Minute // for which a mirror is not asked for what it has damaged
 )
 
-var errDamaged = errors.New("the mirror's bytes do not have the blob's digest")
+var errDamaged = errors.New("the mirror's bytes do not have their digest")
+
+// hold reads all of a mirror's manifest, so that one that is damaged or cut off
+// is known while there are others to ask.
+func (a *answer) hold(reference string) error {
+	defer a.close()
+	b, err := a.body.upTo(MaxManifestSize + 1)
+	if err != nil {
+		return err
+	}
+	want := digest.Digest(reference)
+	if want.Validate() != nil { // a tag
+		want = digest.Digest(a.header.Get("Docker-Content-Digest"))
+	}
+	if want.Validate() == nil && want.Algorithm().FromBytes(b) != want {
+		return errDamaged
+	}
+	held := io.NopCloser(bytes.NewReader(b))
+	a.body = watch(held, a.body.stall, func(error) {}, a.body.failed)
+	return nil
+}
 
 // checked is a mirror's blob. A mirror that breaks off, or whose bytes are not
 // the blob's, is not asked for that blob for a while.

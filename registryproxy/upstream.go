@@ -109,7 +109,7 @@ func (s *upstreams) build(name string, u Upstream) (*upstream, error) {
 			return nil, fmt.Errorf("mirrors[%d].credentials.%w", i, err)
 		}
 		e.callers = m.CallerCredentials
-		e.header = mirrorHeaderTimeout
+		e.header, e.retries = mirrorHeaderTimeout, 0 // the next one is asked instead
 		e.breaker = newBreaker(mirrorFailures, mirrorPause)
 		up.endpoints = append(up.endpoints, e)
 	}
