@@ -1,7 +1,6 @@
 package dfget
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -211,7 +210,7 @@ func (p *Peer) granted(s *session, m api.Task) {
 	if t.content == nil {
 		t.content = c
 		have := c.Have()
-		if have.Len() > 0 || have.Full() { // empty content is full
+		if have.Len() > 0 && len(m.Data) == 0 || have.Full() && !c.Complete() { // empty content is full
 			p.checkLocked(s.life, t)
 		}
 	}
@@ -265,7 +264,7 @@ func (p *Peer) given(t *task, c *pieces.Content, m api.Task) error {
 	if err := c.SetDigests(0, ds); err != nil {
 		return err
 	}
-	if err := c.Receive(0, bytes.NewReader(m.Data)); err != nil {
+	if err := c.Put(m.Data); err != nil { // the supernode has found the whole right
 		return err
 	}
 	p.metrics.received.WithLabelValues(sourceSupernode).Add(float64(len(m.Data)))

@@ -44,8 +44,8 @@ func (s *Store) pinLocked(t *task) *Content {
 	return &Content{task: t}
 }
 
-// ready sees to it that the task's directory exists and its digests are in
-// memory, or else releases c.
+// ready sees to it that the task's digests are in memory and its directory exists,
+// which that of a single piece need not, or else releases c.
 func (c *Content) ready() error {
 	if c.isReady() {
 		return nil
@@ -56,12 +56,19 @@ func (c *Content) ready() error {
 		return nil
 	}
 	c.store.mu.Lock()
-	step := c.create
-	if c.made {
-		step = c.loadDigests
-	}
+	made := c.made
 	c.store.mu.Unlock()
-	err := step()
+	var err error
+	switch {
+	case made:
+		err = c.loadDigests()
+	case c.layout.Count() == 1:
+		c.mu.Lock()
+		c.digests, err = make([]Digest, 1), c.why
+		c.mu.Unlock()
+	default:
+		err = c.create(c.Meta(), nil, Digest{})
+	}
 	if err != nil {
 		c.Release()
 	}
@@ -187,6 +194,21 @@ func (c *Content) Make(i int, r io.Reader) (Digest, error) {
 	return c.take(i, r)
 }
 
+// claim makes d the known digest of piece i, before its bytes are written: of two
+// who make the same piece of different bytes one is refused, and none overwrites
+// the other.
+func (c *Content) claim(i int, d Digest) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.digests[i].IsZero() {
+		c.digests[i] = d
+	}
+	if c.digests[i] != d {
+		return &DigestError{Task: c.id, Piece: i}
+	}
+	return nil
+}
+
 // take reads piece i into memory, checks it, and keeps it.
 func (c *Content) take(i int, r io.Reader) (Digest, error) {
 	buf := c.store.buffer(c.layout.Size(i))
@@ -195,18 +217,14 @@ func (c *Content) take(i int, r io.Reader) (Digest, error) {
 	if err != nil {
 		return Digest{}, c.pieceError(i, err)
 	}
-	c.mu.Lock()
-	if c.digests[i].IsZero() {
-		// Claimed before the bytes are written: of two who make the same piece of
-		// different bytes one is refused, and none overwrites the other.
-		c.digests[i] = d
+	if err := c.claim(i, d); err != nil {
+		return Digest{}, err
 	}
-	right := c.digests[i] == d
-	c.mu.Unlock()
-	if !right {
-		return Digest{}, &DigestError{Task: c.id, Piece: i}
+	done, err := c.keepOnly(*buf, d, false)
+	if err == nil && !done {
+		err = c.keep(i, *buf, d)
 	}
-	if err := c.keep(i, *buf, d); err != nil {
+	if err != nil {
 		return Digest{}, c.pieceError(i, err)
 	}
 	return d, nil
@@ -254,6 +272,12 @@ func (c *Content) keep(i int, b []byte, d Digest) error {
 	if err := c.writeEntry(i, false, d); err != nil {
 		return err
 	}
+	c.arrived(i)
+	return nil
+}
+
+// arrived notes that piece i is there, and tells who waits for it.
+func (c *Content) arrived(i int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.have.Add(i)
@@ -262,7 +286,6 @@ func (c *Content) keep(i int, b []byte, d Digest) error {
 		delete(c.waiters, i)
 		close(ch)
 	}
-	return nil
 }
 
 // writeEntry adds an entry to the record. c.disk is held.

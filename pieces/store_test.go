@@ -427,12 +427,9 @@ func TestRemoveWhileMade(t *testing.T) {
 // reservation, and the next Create works.
 func TestCreateFails(t *testing.T) {
 	dir := t.TempDir()
-	s := open(t, dir, StoreConfig{Quota: 100})
-	_, m := blob(34, 100)
-	inTheWay := filepath.Join(dir, fmt.Sprintf("%s%d", tempPrefix, s.temps.Load()+1))
-	if err := os.WriteFile(inTheWay, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	s := open(t, dir, StoreConfig{Quota: 2 * MinPieceSize})
+	_, m := blob(34, 2*MinPieceSize)
+	nextInTheWay(t, s, dir)
 	_, err := s.Create(m)
 	wantErr(t, err, os.ErrExist)
 	if u := s.Usage(); u.Reserved != 0 || u.Tasks != 0 {
@@ -443,6 +440,72 @@ func TestCreateFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	create(t, s, m)
+}
+
+// nextInTheWay makes the next temporary name one that is in use.
+func nextInTheWay(tb testing.TB, s *Store, dir string) {
+	tb.Helper()
+	name := filepath.Join(dir, fmt.Sprintf("%s%d", tempPrefix, s.temps.Load()+1))
+	if err := os.WriteFile(name, nil, 0o600); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// TestPut: a content of one piece is kept at once, or not at all.
+func TestPut(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, StoreConfig{})
+	b, m := blob(35, 20_000)
+	c := create(t, s, m)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("before its piece it has %v, %v", entries, err)
+	}
+	if err := c.AddPublic("docker.io/x"); err != nil {
+		t.Fatal(err)
+	}
+	nextInTheWay(t, s, dir)
+	wantErr(t, c.Put(b), os.ErrExist)
+	if c.Has(0) || c.Complete() {
+		t.Error("it has what could not be written")
+	}
+	if err := c.Put(b[1:]); err == nil {
+		t.Error("a part was taken for the whole")
+	}
+	if err := c.SetDigests(0, digestsOf(m.Layout, b)); err != nil {
+		t.Fatal(err)
+	}
+	var bad *DigestError
+	if err := c.Put(make([]byte, len(b))); !errors.As(err, &bad) {
+		t.Errorf("wrong bytes: %v", err)
+	}
+	waited := make(chan error)
+	go func() { waited <- c.Wait(t.Context(), 0) }()
+	for range 2 { // the second time it has them
+		if err := c.Put(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantErr(t, <-waited, nil)
+	if m := c.Meta(); !m.Complete || len(m.Public) != 1 || !bytes.Equal(read(t, c), b) {
+		t.Errorf("%+v", m)
+	}
+	// Damaged on the disk it is found out after a crash, and put again.
+	shot := snapshot(t, dir)
+	if checkTruth(t, open(t, shot, StoreConfig{}), m, b) != 1 {
+		t.Error("lost")
+	}
+	shot = snapshot(t, dir)
+	flip(t, filepath.Join(shot, taskDir(m.ID), contentName), 7)
+	again := open(t, shot, StoreConfig{})
+	if c = create(t, again, m); c.Has(0) || c.Complete() {
+		t.Error("damage is believed")
+	}
+	if err := c.Put(b); err != nil || !c.Complete() || !bytes.Equal(read(t, c), b) {
+		t.Errorf("put again: %v", err)
+	}
+	if _, m := blob(36, 2*MinPieceSize); create(t, s, m).Put(make([]byte, 2*MinPieceSize)) == nil {
+		t.Error("more than one piece is put")
+	}
 }
 
 func TestCloseEndsWaits(t *testing.T) {

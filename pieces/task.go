@@ -21,7 +21,7 @@ type task struct {
 
 	// Guarded by store.mu.
 	pins    int
-	made    bool      // its directory exists
+	made    bool      // its directory exists; that of a single piece is made with the piece in it
 	lastUse time.Time // in memory
 	stamped time.Time // on disk
 
@@ -149,64 +149,19 @@ func (t *task) loadDigests() error {
 	return ErrGone
 }
 
-// create makes the task's directory, complete or not at all. t.disk is held.
-func (t *task) create() error {
-	s := t.store
-	temp := s.tempName()
-	if err := t.createIn(temp); err != nil {
-		_ = s.root.RemoveAll(temp) // swept by the next OpenStore at the latest
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	err := t.ended()
-	if err == nil {
-		err = s.root.Rename(temp, t.dir)
-		if errors.Is(err, fs.ErrExist) { // the remains of one that could not be removed
-			if err = s.root.RemoveAll(t.dir); err == nil {
-				err = s.root.Rename(temp, t.dir)
-			}
-		}
-	}
-	if err != nil {
-		_ = s.root.RemoveAll(temp)
-		return err
-	}
-	t.made = true
-	t.mu.Lock()
-	t.digests = make([]Digest, t.layout.Count())
-	t.mu.Unlock()
-	return nil
-}
-
-func (t *task) createIn(dir string) error {
-	root := t.store.root
-	if err := root.Mkdir(dir, 0o700); err != nil {
-		return err
-	}
-	f, err := root.OpenFile(path.Join(dir, contentName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(f.Truncate(t.layout.Length), f.Close()); err != nil {
-		return err
-	}
-	if err := root.WriteFile(path.Join(dir, recordName), nil, 0o600); err != nil {
-		return err
-	}
-	// Not synced: a task that a power cut takes here had nothing worth keeping,
-	// and whoever waits for its first byte should not wait for the disk.
-	b, err := json.Marshal(t.Meta())
-	if err != nil {
-		return err
-	}
-	return root.WriteFile(path.Join(dir, metaName), b, 0o600)
-}
-
-// writeMeta replaces the task's metadata, on disk and then in memory. t.disk is
-// held, or t is not yet known to anyone else.
+// writeMeta replaces the task's metadata, on disk where there is something of it
+// and then in memory. t.disk is held, or t is not yet known to anyone else.
 func (t *task) writeMeta(m Meta, durable bool) error {
 	s := t.store
+	s.mu.Lock()
+	made := t.made
+	s.mu.Unlock()
+	if !made {
+		t.mu.Lock()
+		t.meta = m
+		t.mu.Unlock()
+		return nil
+	}
 	b, err := json.Marshal(m)
 	if err != nil {
 		return err

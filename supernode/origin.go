@@ -384,6 +384,9 @@ func (o *origin) fetch(f *fetch, src source) error {
 	if last := c.Layout().Count() - 1; last >= 0 {
 		o.told.published(f.id, last, c.Digest(last))
 	}
+	if c.Complete() {
+		return nil
+	}
 	if err := c.SetComplete(); err != nil {
 		o.log.Error("content is not kept", zap.String("task", string(f.id)), zap.Error(err))
 	}
@@ -462,6 +465,9 @@ func (o *origin) resume(c *pieces.Content, in *stream) error {
 // Every piece but the last is published as it comes.
 func (o *origin) fill(f *fetch, c *pieces.Content, in *stream) error {
 	l := c.Layout()
+	if d := f.id.Content(); d != "" && l.Count() == 1 && !c.Has(0) {
+		return o.fillAtOnce(d, c, in)
+	}
 	var sum hash.Hash
 	if d := f.id.Content(); d != "" {
 		sum = d.Algorithm().Hash()
@@ -489,6 +495,20 @@ func (o *origin) fill(f *fetch, c *pieces.Content, in *stream) error {
 		return errWrong
 	}
 	return nil
+}
+
+// fillAtOnce brings a content of one piece, which has the digest d.
+func (o *origin) fillAtOnce(d digest.Digest, c *pieces.Content, in *stream) error {
+	b := make([]byte, c.Layout().Length)
+	in.seek(0)
+	if _, err := io.ReadFull(in, b); err != nil {
+		return err
+	}
+	if d.Algorithm().FromBytes(b) != d {
+		o.metrics.verifyFailures.Inc()
+		return errWrong
+	}
+	return c.Put(b)
 }
 
 // take brings piece i.
