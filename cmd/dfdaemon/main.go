@@ -29,7 +29,7 @@ itself whenever those cannot give it. It needs no supernode to start.`,
 			}
 			return d.Run(ctx)
 		},
-		Commands: []cli.Command{setupCommand(), unsetCommand()},
+		Commands: []cli.Command{setupCommand(), unsetCommand(), checkCommand()},
 	}.Main()
 }
 
