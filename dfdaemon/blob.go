@@ -3,7 +3,6 @@ package dfdaemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"maps"
 	"math"
@@ -36,30 +35,21 @@ func (b registryBlob) Open(ctx context.Context, off int64) (io.ReadCloser, int64
 	return body, body.Length, nil
 }
 
-// blob streams a blob, or a range of it, from the swarm.
+// blob streams a blob, or ranges of it, from the swarm.
 func (m *mirror) blob(w *reply, r *http.Request, route registryproxy.Route) error {
-	id, err := pieces.ParseTaskID(route.Reference)
-	if err != nil {
-		return &registryproxy.Error{
-			Status: http.StatusNotFound, Code: registryproxy.CodeUnsupported, Message: "no blobs of such digests here: ask the registry",
-		}
-	}
 	who := registryproxy.Caller{Authorization: r.Header.Get("Authorization")}
 	request := dfget.Request{
-		ID:     id,
+		ID:     pieces.TaskID(route.Reference), // the route is checked
 		Origin: api.Origin{Registry: route.Repo.Registry, Repository: route.Repo.Name},
 		Direct: registryBlob{m.registry, route, who},
 	}
 	if who.Authorization != "" {
 		request.Origin.Header = map[string][]string{"Authorization": {who.Authorization}}
 	}
-	etag := `"` + route.Reference + `"`
+	etag := strconv.Quote(route.Reference)
 	d := delivery{
-		peer: m.peer, request: request, wanted: r.Header.Get("Range"),
+		peer: m.peer, request: request, asked: r.Header, etag: etag,
 		header: http.Header{"Content-Type": {octets}, digestHeader: {route.Reference}, "Etag": {etag}},
-	}
-	if v := r.Header.Get("If-Range"); v != "" && v != etag {
-		d.wanted = ""
 	}
 	return d.serve(r.Context(), w)
 }
@@ -68,13 +58,14 @@ func (m *mirror) blob(w *reply, r *http.Request, route registryproxy.Route) erro
 type delivery struct {
 	peer    *dfget.Peer
 	request dfget.Request
-	wanted  string      // the reader's Range header
-	header  http.Header // of the answer, beside its length and range
+	asked   http.Header // the reader's: its ranges and conditions
+	etag    string      // of the content, "" for none
+	header  http.Header // of the answer, beside its length and ranges
 }
 
 // serve answers w. No header is out before the first bytes are in hand.
 func (d delivery) serve(ctx context.Context, w http.ResponseWriter) error {
-	s, span, partial, err := d.open(ctx)
+	s, wanted, err := d.open(ctx)
 	if outside, ok := errors.AsType[*dfget.RangeError](err); ok {
 		registryproxy.WriteRangeNotSatisfiable(w, outside.Size)
 		return nil
@@ -83,44 +74,77 @@ func (d delivery) serve(ctx context.Context, w http.ResponseWriter) error {
 		return err
 	}
 	defer func() { _ = s.Close() }()
-	h, status := w.Header(), http.StatusOK
-	maps.Copy(h, d.header)
-	if s.Length() >= 0 {
-		h.Set("Accept-Ranges", "bytes")
-		h.Set("Content-Length", strconv.FormatInt(s.Length(), 10))
+	maps.Copy(w.Header(), d.header)
+	switch {
+	case registryproxy.NotModified(d.asked, d.etag):
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	case s.Size() < 0:
+		w.WriteHeader(http.StatusOK)
+		_, err = s.WriteTo(w)
+		return err
 	}
-	if partial {
-		status = http.StatusPartialContent
-		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", span.Offset, span.Offset+s.Length()-1, s.Size()))
-	}
-	w.WriteHeader(status)
-	_, err = s.WriteTo(w)
-	return err
+	wanted.WriteHeader(w)
+	opened := true // the first range is
+	return wanted.Send(w, func(r registryproxy.ByteRange) error {
+		if !opened {
+			next, err := d.peer.Open(ctx, d.request, r.Offset, r.Length)
+			if err != nil {
+				return err
+			}
+			_ = s.Close()
+			s = next
+		}
+		opened = false
+		_, err := s.WriteTo(w)
+		return err
+	})
 }
 
-// open opens the range that is wanted, of which only the offset is sure to be
-// right, or the whole.
-func (d delivery) open(ctx context.Context) (s *dfget.Stream, span registryproxy.ByteRange, partial bool, err error) {
-	span, partial, err = registryproxy.ParseRange(d.wanted, math.MaxInt64)
-	if err != nil || strings.Contains(d.wanted, "=-") { // nothing, or the last bytes: which, depends on the size
-		if s, err = d.peer.Open(ctx, d.request, 0, 0); err != nil {
-			return nil, span, false, err
-		}
-		size := s.Size()
-		_ = s.Close()
-		if span, partial, err = registryproxy.ParseRange(d.wanted, max(size, 0)); err != nil {
-			return nil, span, false, &dfget.RangeError{Size: size}
-		}
+// open returns what is wanted, and a stream of its first range. Nobody can say
+// which part is which of what has no known length: that is given whole.
+func (d delivery) open(ctx context.Context) (s *dfget.Stream, wanted registryproxy.Selection, err error) {
+	header := registryproxy.WantedRange(d.asked, d.etag)
+	span, partial, err := registryproxy.ParseRange(header, math.MaxInt64)
+	if err != nil || strings.Contains(header, "=-") || strings.Contains(header, ",") {
+		return d.measure(ctx)
 	}
 	n := span.Length
 	if !partial || n == math.MaxInt64-span.Offset {
 		n = -1
 	}
 	s, err = d.peer.Open(ctx, d.request, span.Offset, n)
-	if err != nil || !partial || s.Size() >= 0 {
-		return s, span, partial, err
+	if _, no := errors.AsType[*dfget.RefusedError](err); err != nil && span.Offset > 0 && !no {
+		return d.measure(ctx) // what lies outside fails in as many ways as there are registries
 	}
-	_ = s.Close() // of what has no known length nobody can say which part this is
-	s, err = d.peer.Open(ctx, d.request, 0, -1)
-	return s, registryproxy.ByteRange{}, false, err
+	switch {
+	case err != nil || !partial || s.Size() == 0:
+	case s.Size() < 0:
+		_ = s.Close()
+		s, err = d.peer.Open(ctx, d.request, 0, -1)
+	default:
+		wanted.Ranges = []registryproxy.ByteRange{{Offset: span.Offset, Length: s.Length()}}
+	}
+	if err == nil {
+		wanted.Size = s.Size()
+	}
+	return s, wanted, err
+}
+
+// measure is open for what depends on the size.
+func (d delivery) measure(ctx context.Context) (s *dfget.Stream, wanted registryproxy.Selection, err error) {
+	if s, err = d.peer.Open(ctx, d.request, 0, 0); err != nil {
+		return nil, wanted, err
+	}
+	defer func(probe *dfget.Stream) { _ = probe.Close() }(s)
+	size := s.Size()
+	if wanted, err = registryproxy.Select(d.asked, d.etag, max(size, 0)); err != nil {
+		return nil, wanted, &dfget.RangeError{Size: size}
+	}
+	first, n := wanted.Spans()[0], int64(-1)
+	if len(wanted.Ranges) > 0 {
+		n = first.Length
+	}
+	s, err = d.peer.Open(ctx, d.request, first.Offset, n)
+	return s, wanted, err
 }

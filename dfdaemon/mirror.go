@@ -1,6 +1,7 @@
 package dfdaemon
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"net/http"
@@ -38,7 +39,7 @@ func (m *mirror) handler() http.Handler {
 	e.Any("/v2/*path", m.serve)
 	e.NoRoute(func(c *gin.Context) {
 		registryproxy.WriteError(c.Writer, &registryproxy.Error{
-			Status: http.StatusNotFound, Code: registryproxy.CodeNotFound, Message: "a registry's paths begin with /v2/",
+			Status: http.StatusNotFound, Code: registryproxy.CodeUnsupported, Message: "a registry's paths begin with /v2/",
 		})
 	})
 	return e
@@ -66,8 +67,8 @@ func (m *mirror) serve(c *gin.Context) {
 }
 
 func (m *mirror) answer(w *reply, r *http.Request, route registryproxy.Route) error {
-	if route.Repo.Registry != "" {
-		w.Header().Set(namespaceHeader, route.Repo.Registry)
+	if ns := cmp.Or(r.URL.Query().Get("ns"), route.Repo.Registry); ns != "" {
+		w.Header().Set(namespaceHeader, ns)
 	}
 	switch {
 	case route.Kind == registryproxy.KindPing:
@@ -190,7 +191,7 @@ func (m *mirror) forward(w http.ResponseWriter, r *http.Request, route registryp
 			h[k] = v
 		}
 	}
-	setNextPage(h, r, resp.Header.Get("Link"))
+	setNextPage(h, r, resp.Header["Link"])
 	w.WriteHeader(resp.StatusCode)
 	_, err = io.Copy(w, resp.Body)
 	return err

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"mime"
+	"mime/multipart"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -184,6 +186,7 @@ func TestRanges(t *testing.T) {
 	blob := []byte("0123456789")
 	d := g.blob(blob)
 	empty := g.blob(nil)
+	md := g.manifest([]byte(`{"schemaVersion":2}`))
 	m := newMirror(t, g.URL, "")
 	for _, c := range []struct {
 		header, want, contentRange string
@@ -198,10 +201,12 @@ func TestRanges(t *testing.T) {
 		{"bytes=2-500000", "23456789", "bytes 2-9/10", 206},
 		{"bytes=-3", "789", "bytes 7-9/10", 206},
 		{"bytes=-300", "0123456789", "bytes 0-9/10", 206},
-		{"bytes=0-1,3-4", "0123456789", "", 200},
+		{"bytes=0-6,3-9", "0123456789", "", 200}, // they overlap
+		{"bytes=3-4,20-", "34", "bytes 3-4/10", 206},
 		{"lines=1-2", "0123456789", "", 200},
 		{"bytes=10-", "", "bytes */10", 416},
 		{"bytes=10-20", "", "bytes */10", 416},
+		{"bytes=20-", "", "bytes */10", 416},
 		{"bytes=5-2", "", "bytes */10", 416},
 		{"bytes=-0", "", "bytes */10", 416},
 		{"bytes=x", "", "bytes */10", 416},
@@ -213,16 +218,36 @@ func TestRanges(t *testing.T) {
 			require.Equal(t, c.want, string(b), c.header)
 			require.EqualValues(t, len(c.want), resp.ContentLength, c.header)
 		} else {
-			require.Contains(t, string(b), "RANGE_INVALID")
+			require.Contains(t, string(b), "UNSUPPORTED")
 		}
 	}
 	resp, _ := get(t, m.URL+"/v2/org/app/blobs/"+d, "Range: bytes=4-", `If-Range: "another"`)
 	require.Equal(t, 200, resp.StatusCode)
 	resp, _ = get(t, m.URL+"/v2/org/app/blobs/"+d, "Range: bytes=4-", `If-Range: "`+d+`"`)
 	require.Equal(t, 206, resp.StatusCode)
-	resp, b := get(t, m.URL+"/v2/org/app/blobs/"+empty)
-	require.Equal(t, 200, resp.StatusCode)
-	require.Empty(t, b)
+	resp, b := get(t, m.URL+"/v2/org/app/blobs/"+d, "Range: bytes=-2,0-0,4-6")
+	require.Equal(t, 206, resp.StatusCode)
+	require.Len(t, b, int(resp.ContentLength))
+	_, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	require.NoError(t, err)
+	parts := multipart.NewReader(bytes.NewReader(b), params["boundary"])
+	for _, want := range []string{"89", "0", "456"} {
+		p, err := parts.NextPart()
+		require.NoError(t, err)
+		part, err := io.ReadAll(p)
+		require.NoError(t, err)
+		require.Equal(t, want, string(part))
+	}
+	for _, path := range []string{"blobs/" + d, "manifests/" + md} {
+		resp, b = get(t, m.URL+"/v2/org/app/"+path, `If-None-Match: "`+path[strings.Index(path, "/")+1:]+`"`)
+		require.Equal(t, 304, resp.StatusCode, path)
+		require.Empty(t, b)
+	}
+	for _, span := range []string{"", "bytes=0-", "bytes=7-", "bytes=-1", "bytes=0-0,3-4"} {
+		resp, b = get(t, m.URL+"/v2/org/app/blobs/"+empty, "Range: "+span)
+		require.Equal(t, 200, resp.StatusCode, span)
+		require.Empty(t, b)
+	}
 }
 
 func TestRefusalsAreTheRegistrysOwn(t *testing.T) {
@@ -270,12 +295,12 @@ func TestMirrorRefuses(t *testing.T) {
 		{"PUT", "/v2/org/app/manifests/v1", 405, "UNSUPPORTED"},
 		{"DELETE", "/v2/org/app/manifests/v1", 405, "UNSUPPORTED"},
 		{"GET", "/v2/org/app/blobs/sha256:totallywrong", 400, "DIGEST_INVALID"},
-		{"GET", "/v2/org/app/blobs/" + sha384, 404, "UNSUPPORTED"},
+		{"GET", "/v2/org/app/blobs/" + sha384, 404, "UNKNOWN_HERE"},
 		{"GET", "/v2/org/../app/manifests/v1", 400, "NAME_INVALID"},
 		{"GET", "/v2/org/app/manifests/v1?ns=a%2Fb", 400, "NAME_INVALID"},
-		{"GET", "/v2/nothing", 404, "NOT_FOUND"},
-		{"GET", "/", 404, "NOT_FOUND"},
-		{"GET", "/metrics", 404, "NOT_FOUND"},
+		{"GET", "/v2/nothing", 404, "UNSUPPORTED"},
+		{"GET", "/", 404, "UNSUPPORTED"},
+		{"GET", "/metrics", 404, "UNSUPPORTED"},
 		{"GET", "/v2/org/app/manifests/v1?ns=127.0.0.1:1", 502, "UNAVAILABLE"},
 	} {
 		resp, b, err := ask(t, c.method, m.URL+c.path)

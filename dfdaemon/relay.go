@@ -103,7 +103,7 @@ func read(resp *http.Response, route registryproxy.Route) (*answer, error) {
 		return nil, errors.New("it is larger than 4 MiB")
 	}
 	header := resp.Header.Clone()
-	for _, k := range []string{"Connection", "Content-Length", "Date", "Keep-Alive"} {
+	for _, k := range []string{"Connection", "Content-Length", "Date", "Keep-Alive", namespaceHeader} {
 		header.Del(k)
 	}
 	if resp.StatusCode != http.StatusOK {
@@ -155,6 +155,7 @@ func newAnswer(mediaType, dgst string, length int64) *answer {
 	h := http.Header{"Content-Type": {mediaType}}
 	if dgst != "" {
 		h.Set(digestHeader, dgst)
+		h.Set("Etag", strconv.Quote(dgst))
 	}
 	if length >= 0 {
 		h.Set("Content-Length", strconv.FormatInt(length, 10))
@@ -166,26 +167,22 @@ func newAnswer(mediaType, dgst string, length int64) *answer {
 func (a *answer) write(w http.ResponseWriter, r *http.Request) error {
 	h := w.Header()
 	maps.Copy(h, a.header)
-	setNextPage(h, r, a.header.Get("Link"))
+	setNextPage(h, r, a.header["Link"])
+	if registryproxy.NotModified(r.Header, a.header.Get("Etag")) {
+		h.Del("Content-Length")
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
 	w.WriteHeader(http.StatusOK)
 	_, err := w.Write(a.body)
 	return err
 }
 
-// setNextPage makes a registry's Link to the next page of what r asked for one
-// that leads here: only its query is the registry's.
-func setNextPage(h http.Header, r *http.Request, link string) {
+// setNextPage makes the links of a registry's answer to r the one that leads on
+// here.
+func setNextPage(h http.Header, r *http.Request, links []string) {
 	h.Del("Link")
-	target, rest, ok := strings.Cut(strings.TrimPrefix(link, "<"), ">")
-	u, err := url.Parse(target)
-	if !ok || err != nil {
-		return
+	if next := registryproxy.NextPage(r, links); next != "" {
+		h.Set("Link", next)
 	}
-	q := u.Query()
-	q.Del("ns")
-	if ns := r.URL.Query().Get("ns"); ns != "" {
-		q.Set("ns", ns)
-	}
-	here := url.URL{Path: r.URL.Path, RawQuery: q.Encode()}
-	h.Set("Link", "<"+here.String()+">"+rest)
 }

@@ -50,7 +50,7 @@ func URLRequest(raw, digest string, header http.Header) (Request, error) {
 	id := pieces.URLTaskID(u.String())
 	if digest != "" {
 		if id, err = pieces.ParseTaskID(digest); err != nil || id.Content() == "" {
-			return Request{}, fmt.Errorf("digest %.100q: want sha256: or sha512: and the digest in hex", digest)
+			return Request{}, fmt.Errorf("digest %.100q: want sha256:, sha384: or sha512: and the digest in hex", digest)
 		}
 	}
 	return Request{ID: id, Origin: api.Origin{URL: u.String(), Header: kept}, Direct: newWeb(u, kept)}, nil

@@ -2,7 +2,7 @@ package pieces
 
 import (
 	"crypto/sha256"
-	_ "crypto/sha512" // the algorithm behind sha512 task ids
+	_ "crypto/sha512" // the algorithms behind sha384 and sha512 task ids
 	"encoding/hex"
 	"fmt"
 	"strings"
@@ -11,8 +11,8 @@ import (
 )
 
 // TaskID names one content: the content's own digest where it is known
-// ("sha256:…", "sha512:…"), else "url:" and the SHA-256 of the normalised URL
-// in hex. A TaskID from ParseTaskID or URLTaskID is safe as a file name.
+// ("sha256:…", "sha384:…", "sha512:…"), else "url:" and the SHA-256 of the
+// normalised URL in hex. A TaskID from ParseTaskID or URLTaskID is safe as a file name.
 type TaskID string
 
 const urlPrefix = "url:"
@@ -25,9 +25,8 @@ func ParseTaskID(s string) (TaskID, error) {
 		}
 		return TaskID(s), nil
 	}
-	d, err := digest.Parse(s)
-	if err != nil || (d.Algorithm() != digest.SHA256 && d.Algorithm() != digest.SHA512) {
-		return "", fmt.Errorf("task id %q: want sha256: or sha512: and a digest in hex", clip(s))
+	if _, err := digest.Parse(s); err != nil {
+		return "", fmt.Errorf("task id %q: want sha256:, sha384: or sha512: and a digest in hex", clip(s))
 	}
 	return TaskID(s), nil
 }

@@ -15,8 +15,6 @@ const (
 	CodeManifestUnknown = "MANIFEST_UNKNOWN"
 	CodeNameInvalid     = "NAME_INVALID"
 	CodeNameUnknown     = "NAME_UNKNOWN"
-	CodeNotFound        = "NOT_FOUND"
-	CodeRangeInvalid    = "RANGE_INVALID"
 	CodeUnsupported     = "UNSUPPORTED"
 )
 

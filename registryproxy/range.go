@@ -121,7 +121,7 @@ func parseOffset(s string) (int64, bool) {
 // WriteRangeNotSatisfiable answers 416 for a content of size bytes.
 func WriteRangeNotSatisfiable(w http.ResponseWriter, size int64) {
 	w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", size))
-	WriteError(w, &Error{http.StatusRequestedRangeNotSatisfiable, CodeRangeInvalid, ErrRange.Error()})
+	WriteError(w, &Error{http.StatusRequestedRangeNotSatisfiable, CodeUnsupported, ErrRange.Error()})
 }
 
 // parseContentRange reads "bytes 5-9/20" or "bytes 5-9/*", whose size is -1.

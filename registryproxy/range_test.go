@@ -101,7 +101,7 @@ func TestWriteRangeNotSatisfiable(t *testing.T) {
 	WriteRangeNotSatisfiable(w, 77)
 	require.Equal(t, 416, w.Code)
 	require.Equal(t, "bytes */77", w.Header().Get("Content-Range"))
-	require.JSONEq(t, `{"errors":[{"code":"RANGE_INVALID","message":"the range lies outside the content"}]}`, w.Body.String())
+	require.JSONEq(t, `{"errors":[{"code":"UNSUPPORTED","message":"the range lies outside the content"}]}`, w.Body.String())
 }
 
 var (

@@ -91,7 +91,7 @@ func ParseRoute(method, path, ns, def string) (Route, error) {
 	case kind == KindWrite:
 		return Route{Kind: KindWrite}, nil
 	case name == nil:
-		return Route{}, &Error{http.StatusNotFound, CodeNotFound, "the path is not one of the distribution protocol"}
+		return Route{}, &Error{http.StatusNotFound, CodeUnsupported, "the path is not one of the distribution protocol"}
 	}
 	registry, err := pickRegistry(name, ns, def)
 	if err != nil {

@@ -57,9 +57,9 @@ func TestParseRoute(t *testing.T) {
 		"a name of route words":       {path: "manifests/blobs/tags/manifests/list", want: Route{KindManifest, repo("docker.io", "manifests/blobs/tags"), "list"}},
 		"no registry":                 {path: "app/manifests/v1", def: "-", status: 404, code: CodeNameUnknown},
 
-		"not the protocol":    {path: "_catalog", status: 404, code: CodeNotFound},
-		"no name":             {path: "manifests/latest", status: 404, code: CodeNotFound},
-		"no list":             {path: "app/tags/other", status: 404, code: CodeNotFound},
+		"not the protocol":    {path: "_catalog", status: 404, code: CodeUnsupported},
+		"no name":             {path: "manifests/latest", status: 404, code: CodeUnsupported},
+		"no list":             {path: "app/tags/other", status: 404, code: CodeUnsupported},
 		"no reference":        {path: "app/manifests/", status: 404, code: CodeManifestUnknown},
 		"bad digest":          {path: "app/blobs/sha256:totallywrong", status: 400, code: CodeDigestInvalid},
 		"bad manifest digest": {path: "app/manifests/sha256:totallywrong", status: 400, code: CodeDigestInvalid},

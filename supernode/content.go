@@ -89,18 +89,11 @@ func (l *lease) lacks(span registryproxy.ByteRange) int {
 
 // writeSpan writes the header of an answer with a range of a content.
 func writeSpan(w http.ResponseWriter, span registryproxy.ByteRange, partial bool, size int64) {
-	h := w.Header()
-	if h.Get("Content-Type") == "" {
-		h.Set("Content-Type", "application/octet-stream")
-	}
-	h.Set("Accept-Ranges", "bytes")
-	h.Set("Content-Length", strconv.FormatInt(span.Length, 10))
-	status := http.StatusOK
+	s := registryproxy.Selection{Size: size}
 	if partial {
-		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", span.Offset, span.Offset+span.Length-1, size))
-		status = http.StatusPartialContent
+		s.Ranges = []registryproxy.ByteRange{span}
 	}
-	w.WriteHeader(status)
+	s.WriteHeader(w)
 }
 
 // steady is a writer whose reader must keep taking bytes. It passes files on to

@@ -46,12 +46,8 @@ func (n *Supernode) serveManifest(w http.ResponseWriter, r *http.Request, route 
 			return
 		}
 	}
-	id, err := pieces.ParseTaskID(t.digest)
-	if err != nil { // an algorithm that is not ours
-		n.direct(w, r, route, who)
-		return
-	}
-	l, err := n.bringManifest(ctx, id, t, n.source(route, who))
+	src := n.source(route, who)
+	l, err := n.bringManifest(ctx, pieces.TaskID(t.digest), t, src)
 	if err != nil {
 		n.notCached(w, r, route, who, err)
 		return
@@ -66,7 +62,10 @@ func (n *Supernode) serveManifest(w http.ResponseWriter, r *http.Request, route 
 		n.direct(w, r, route, who)
 		return
 	}
-	if t.age > 0 {
+	if t.age > 0 || src.away {
+		n.metrics.staleTags.Inc()
+		n.log.Warn("manifest served as last known", zap.Stringer("repository", route.Repo),
+			zap.String("reference", route.Reference), zap.Duration("age", t.age))
 		w.Header().Set(api.StaleHeader, strconv.Itoa(int(t.age.Seconds())))
 	}
 	n.writeManifest(w, r, l, mediaType)
@@ -85,7 +84,10 @@ func (n *Supernode) bringManifest(ctx context.Context, id pieces.TaskID, t tag, 
 }
 
 func (n *Supernode) writeManifest(w http.ResponseWriter, r *http.Request, l *lease, mediaType string) {
-	blobHeader(w, string(l.ID()))
+	if registryproxy.NotModified(r.Header, blobHeader(w, string(l.ID()))) {
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
 	w.Header().Set("Content-Type", mediaType)
 	size := l.Layout().Length
 	writeSpan(w, registryproxy.ByteRange{Length: size}, false, size)
@@ -99,19 +101,17 @@ func (n *Supernode) writeManifest(w http.ResponseWriter, r *http.Request, l *lea
 	}
 }
 
-// directManifest answers as the registry does to this caller's own request; also
-// for the HEAD of any blob.
+// directManifest answers as the registry does to this caller's own request.
 func (n *Supernode) directManifest(w http.ResponseWriter, r *http.Request, route registryproxy.Route, who registryproxy.Caller) {
-	if route.Kind == registryproxy.KindBlob {
-		n.forward(w, r, route, who)
-		return
-	}
 	m, err := n.manifest(r.Context(), route.Repo, route.Reference, r.Header.Values("Accept"), who)
 	if err != nil {
 		n.fail(w, err)
 		return
 	}
-	blobHeader(w, m.Digest.String())
+	if registryproxy.NotModified(r.Header, blobHeader(w, m.Digest.String())) {
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
 	w.Header().Set("Content-Type", m.MediaType)
 	writeSpan(w, registryproxy.ByteRange{Length: m.Size}, false, m.Size)
 	if r.Method != http.MethodHead {
@@ -175,8 +175,7 @@ func (n *Supernode) resolve(ctx context.Context, head bool, src *registrySource)
 	if _, denied := src.check(ctx, src.digest, n.wasPublic(last.Digest, src)); denied != nil {
 		return tag{}, err
 	}
-	n.metrics.staleTags.Inc()
-	n.log.Warn("tag served as last known", zap.String("tag", name), zap.Duration("age", age), zap.Error(err))
+	n.log.Info("registry does not say what a tag is", zap.String("tag", name), zap.Error(err))
 	return tag{digest: last.Digest, age: max(age, time.Second)}, nil
 }
 

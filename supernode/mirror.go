@@ -1,6 +1,7 @@
 package supernode
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -28,8 +29,8 @@ func (n *Supernode) serveV2(w http.ResponseWriter, r *http.Request, path string)
 		return
 	}
 	who := registryproxy.Caller{Authorization: r.Header.Get("Authorization")}
-	if route.Repo.Registry != "" {
-		h.Set("OCI-Namespace", route.Repo.Registry)
+	if ns := cmp.Or(r.URL.Query().Get("ns"), route.Repo.Registry); ns != "" {
+		h.Set("OCI-Namespace", ns)
 	}
 	switch route.Kind {
 	case registryproxy.KindPing:
@@ -73,10 +74,13 @@ func (n *Supernode) forward(w http.ResponseWriter, r *http.Request, route regist
 		return
 	}
 	defer func() { _ = resp.Body.Close() }()
-	for _, k := range []string{"Content-Type", "Content-Length", "Link", "Oci-Filters-Applied", "Etag", "Last-Modified"} {
+	for _, k := range []string{"Content-Type", "Content-Length", "Oci-Filters-Applied", "Etag", "Last-Modified"} {
 		if v := resp.Header.Values(k); len(v) > 0 {
 			w.Header()[k] = v
 		}
+	}
+	if next := registryproxy.NextPage(r, resp.Header.Values("Link")); next != "" {
+		w.Header().Set("Link", next)
 	}
 	w.WriteHeader(resp.StatusCode)
 	out := newSteady(w)
@@ -93,11 +97,7 @@ func (n *Supernode) source(route registryproxy.Route, who registryproxy.Caller) 
 
 // serveBlob gives a blob from the cache, bringing it there on the way.
 func (n *Supernode) serveBlob(w http.ResponseWriter, r *http.Request, route registryproxy.Route, who registryproxy.Caller) {
-	id, err := pieces.ParseTaskID(route.Reference)
-	if err != nil { // an algorithm that is not ours
-		n.direct(w, r, route, who)
-		return
-	}
+	id := pieces.TaskID(route.Reference) // the route is checked
 	if r.Method == http.MethodHead {
 		n.headBlob(w, r, id, route, who)
 		return
@@ -110,35 +110,57 @@ func (n *Supernode) serveBlob(w http.ResponseWriter, r *http.Request, route regi
 		return
 	}
 	defer l.Release()
-	blobHeader(w, route.Reference)
-	size := l.Layout().Length
-	span, partial, err := registryproxy.ParseRange(r.Header.Get("Range"), size)
-	if err != nil {
-		registryproxy.WriteRangeNotSatisfiable(w, size)
+	wanted, done := n.begin(w, r, route.Reference, l.Layout().Length)
+	if done {
 		return
 	}
-	if err := l.await(ctx, span); err != nil {
+	if err := l.await(ctx, wanted.Spans()[0]); err != nil {
 		n.notCached(w, r, route, who, err)
 		return
 	}
-	writeSpan(w, span, partial, size)
+	n.send(w, r, wanted, func(out *steady, span registryproxy.ByteRange) error {
+		sent, err := l.stream(r.Context(), out, span)
+		n.metrics.sentBytes.Add(float64(sent))
+		if err != nil && r.Context().Err() == nil && !errors.Is(err, errWrong) {
+			rest := registryproxy.ByteRange{Offset: span.Offset + sent, Length: span.Length - sent}
+			err = n.continueBlob(r.Context(), out, route, rest, who)
+		}
+		return err
+	})
+}
+
+// begin names the blob in the answer, and returns what r wants of it, or has
+// answered where that is nothing.
+func (n *Supernode) begin(w http.ResponseWriter, r *http.Request, digest string, size int64) (s registryproxy.Selection, done bool) {
+	etag := blobHeader(w, digest)
+	if registryproxy.NotModified(r.Header, etag) {
+		w.WriteHeader(http.StatusNotModified)
+		return s, true
+	}
+	s, err := registryproxy.Select(r.Header, etag, size)
+	if err != nil {
+		registryproxy.WriteRangeNotSatisfiable(w, size)
+	}
+	return s, err != nil
+}
+
+// send answers with what is wanted of a blob, each range by span.
+func (n *Supernode) send(w http.ResponseWriter, r *http.Request, wanted registryproxy.Selection, span func(*steady, registryproxy.ByteRange) error) {
+	wanted.WriteHeader(w)
 	out := newSteady(w)
 	defer out.done()
-	sent, err := l.stream(r.Context(), out, span)
-	n.metrics.sentBytes.Add(float64(sent))
-	if err != nil && r.Context().Err() == nil && !errors.Is(err, errWrong) {
-		rest := registryproxy.ByteRange{Offset: span.Offset + sent, Length: span.Length - sent}
-		err = n.continueBlob(r.Context(), out, route, rest, who)
-	}
-	if err != nil {
-		n.log.Debug("blob not sent to its end", zap.String("task", string(id)), zap.Error(err))
+	if err := wanted.Send(out, func(s registryproxy.ByteRange) error { return span(out, s) }); err != nil {
+		n.log.Debug("blob not sent to its end", zap.String("path", r.URL.Path), zap.Error(err))
 		panic(http.ErrAbortHandler)
 	}
 }
 
-func blobHeader(w http.ResponseWriter, digest string) {
+// blobHeader names what is in the answer, and returns its etag.
+func blobHeader(w http.ResponseWriter, digest string) (etag string) {
+	etag = strconv.Quote(digest)
 	w.Header().Set("Docker-Content-Digest", digest)
-	w.Header().Set("Etag", strconv.Quote(digest))
+	w.Header().Set("Etag", etag)
+	return etag
 }
 
 // headBlob tells of a blob what the cache knows, else what the registry says.
@@ -160,7 +182,10 @@ func (n *Supernode) headBlob(w http.ResponseWriter, r *http.Request, id pieces.T
 		n.fail(w, err)
 		return
 	}
-	blobHeader(w, route.Reference)
+	if registryproxy.NotModified(r.Header, blobHeader(w, route.Reference)) {
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
 	if size >= 0 {
 		writeSpan(w, registryproxy.ByteRange{Length: size}, false, size)
 	}
@@ -232,7 +257,7 @@ func (n *Supernode) notCached(w http.ResponseWriter, r *http.Request, route regi
 
 // direct gives a blob or manifest as the registry has it, past the cache.
 func (n *Supernode) direct(w http.ResponseWriter, r *http.Request, route registryproxy.Route, who registryproxy.Caller) {
-	if route.Kind == registryproxy.KindManifest || r.Method == http.MethodHead {
+	if route.Kind == registryproxy.KindManifest {
 		n.directManifest(w, r, route, who)
 		return
 	}
@@ -241,18 +266,13 @@ func (n *Supernode) direct(w http.ResponseWriter, r *http.Request, route registr
 		n.forward(w, r, route, who) // it has the registry's own words
 		return
 	}
-	span, partial, err := registryproxy.ParseRange(r.Header.Get("Range"), size)
-	if err != nil {
-		registryproxy.WriteRangeNotSatisfiable(w, size)
+	wanted, done := n.begin(w, r, route.Reference, size)
+	if done {
 		return
 	}
-	blobHeader(w, route.Reference)
-	writeSpan(w, span, partial, size)
-	out := newSteady(w)
-	defer out.done()
-	if n.continueBlob(r.Context(), out, route, span, who) != nil {
-		panic(http.ErrAbortHandler)
-	}
+	n.send(w, r, wanted, func(out *steady, span registryproxy.ByteRange) error {
+		return n.continueBlob(r.Context(), out, route, span, who)
+	})
 }
 
 // continueBlob writes a range of a blob straight from the registry.

@@ -76,6 +76,7 @@ type registrySource struct {
 	digest string
 	who    registryproxy.Caller
 	got    *registryproxy.Manifest // what the registry has already given, or nil
+	away   bool                    // the registry could not be asked, and what was public stays so
 }
 
 // registries is what is needed to ask registries.
@@ -142,6 +143,7 @@ func (s *registrySource) check(ctx context.Context, reference string, wasPublic 
 	}
 	public, err := s.access.Check(ctx, s.kind, s.repo, reference, s.who)
 	if err != nil && wasPublic && !isNo(err) {
+		s.away = true
 		return true, nil
 	}
 	return public, err

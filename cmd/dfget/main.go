@@ -101,7 +101,7 @@ func (c *config) Validate() error {
 	}
 	if c.digest != "" {
 		if id, err := pieces.ParseTaskID(c.digest); err != nil || id.Content() == "" {
-			return fmt.Errorf("digest %.100q: want sha256: or sha512: and the digest in hex", c.digest)
+			return fmt.Errorf("digest %.100q: want sha256:, sha384: or sha512: and the digest in hex", c.digest)
 		}
 	}
 	c.headerByKey = http.Header{}

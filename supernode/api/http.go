@@ -24,7 +24,8 @@ const (
 	// registry itself.
 	ErrorHeader = "Damselfly-Error"
 	// StaleHeader marks a manifest that could not be checked with the registry;
-	// its value is the age of the last check in seconds.
+	// its value is the age of the last check in seconds. By digest, where only
+	// the caller's right to read could not be checked, it is 0.
 	StaleHeader = "Damselfly-Stale"
 )
 
