@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -87,13 +88,18 @@ func registries(o *origin) registryproxy.Config {
 // startSupernode runs a supernode on address, "" for any.
 func startSupernode(t *testing.T, o *origin, dir, address string) *node {
 	t.Helper()
+	return startSupernodeFor(t, registries(o), dir, address)
+}
+
+func startSupernodeFor(t *testing.T, from registryproxy.Config, dir, address string) *node {
+	t.Helper()
 	if address == "" {
 		address = "127.0.0.1:0"
 	}
 	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
 	require.NoError(t, err)
 	cfg := supernode.Default()
-	cfg.DataDir, cfg.Listen, cfg.Registries = dir, ln.Addr().String(), registries(o)
+	cfg.DataDir, cfg.Listen, cfg.Registries = dir, ln.Addr().String(), from
 	n := &node{metrics: prometheus.NewRegistry(), address: ln.Addr().String()}
 	s, err := supernode.New(cfg, zaptest.NewLogger(t, zaptest.Level(zap.InfoLevel)), n.metrics)
 	require.NoError(t, err)
@@ -105,11 +111,20 @@ func startSupernode(t *testing.T, o *origin, dir, address string) *node {
 // hosts reach it through f unless that is nil.
 func startHost(t *testing.T, o *origin, centre *node, f *fault) *node {
 	t.Helper()
+	return startHostFor(t, registries(o), centre, f)
+}
+
+func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *fault) *node {
+	t.Helper()
 	dir := t.TempDir()
 	cfg := dfdaemon.Default()
 	cfg.DataDir, cfg.Socket = filepath.Join(dir, "data"), ""
-	cfg.MirrorListen, cfg.PeerListen, cfg.MetricsListen = "127.0.0.1:0", "127.0.0.1:0", ""
-	cfg.Registries = registries(o)
+	loopback := "127.0.0.1:0"
+	if centre != nil && strings.HasPrefix(centre.address, "[::1]:") {
+		loopback = "[::1]:0"
+	}
+	cfg.MirrorListen, cfg.PeerListen, cfg.MetricsListen = loopback, loopback, ""
+	cfg.Registries = from
 	if centre != nil {
 		cfg.Supernodes = []string{centre.url()}
 	}
