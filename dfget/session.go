@@ -133,7 +133,9 @@ func (p *Peer) serve(ctx context.Context, base string) (stood bool, err error) {
 	p.begin(s)
 	p.log.Info("session stands", zap.String("supernode", base))
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return s.conn.KeepAlive(ctx) })
+	group.Go(func() error {
+		return s.conn.KeepAlive(ctx, func() { p.report(s, message{add: func(*api.Up) {}}) })
+	})
 	group.Go(func() error { return p.write(ctx, s) })
 	group.Go(func() error {
 		for {

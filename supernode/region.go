@@ -15,7 +15,8 @@ import (
 
 const (
 	tickEvery = 100 * time.Millisecond
-	reviewing = time.Second      // progress, tickets, tasks nobody needs
+	reviewing = 10 // ticks from a review to the next: of progress, tickets, tasks nobody needs
+	keeping   = int(api.TickEvery / tickEvery)
 	idleAfter = 30 * time.Second // how long a task stays that nobody wants
 	seed      = scheduler.HostID(0)
 
@@ -32,7 +33,7 @@ type region struct {
 	cfg     Config
 	log     *zap.Logger
 	metrics *metrics
-	events  chan func()
+	events  chan event
 	ended   chan struct{} // closed when run has returned
 
 	sched   *scheduler.Scheduler
@@ -43,6 +44,13 @@ type region struct {
 	nums    map[scheduler.TaskID]*task
 	lastNum scheduler.TaskID
 	given   int // bytes since the last tick
+}
+
+// event is what is to be acted on: what a host has sent, or a function to call.
+type event struct {
+	session *session
+	up      *api.Up
+	call    func()
 }
 
 // task is a content being distributed.
@@ -87,7 +95,7 @@ func newRegion(cfg Config, log *zap.Logger, m *metrics) *region {
 	policy.CrossOnce = cfg.CrossOnce
 	return &region{
 		cfg: cfg, log: log, metrics: m,
-		events: make(chan func(), 1024),
+		events: make(chan event, 1024),
 		ended:  make(chan struct{}),
 		sched:  scheduler.New(policy, rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))), //nolint:gosec // no secret: it breaks ties
 		names:  map[string]*session{},
@@ -97,14 +105,22 @@ func newRegion(cfg Config, log *zap.Logger, m *metrics) *region {
 	}
 }
 
-// do has f called by the goroutine of run, in the order of the calls; not at
+// post has e acted on by the goroutine of run, in the order of the calls; not at
 // all when that has ended.
-func (r *region) do(f func()) {
+func (r *region) post(e event) {
 	select {
-	case r.events <- f:
+	case r.events <- e: // mostly, and then it costs little
+		return
+	default:
+	}
+	select {
+	case r.events <- e:
 	case <-r.ended:
 	}
 }
+
+// do is post for a function to call.
+func (r *region) do(f func()) { r.post(event{call: f}) }
 
 // ask is do, and waits until f has been called; false when it has not.
 func (r *region) ask(ctx context.Context, f func()) bool {
@@ -124,34 +140,61 @@ func (r *region) run(ctx context.Context) {
 	r.sched.HostUp(time.Now(), seed, scheduler.Host{Up: r.cfg.UpLanes, Zone: r.cfg.Zone, Rack: r.cfg.Rack, Seed: true})
 	tick := time.NewTicker(tickEvery)
 	defer tick.Stop()
-	reviewed := time.Now()
-	for {
+	for ticks := 1; ; {
 		select {
 		case <-ctx.Done():
 			for _, t := range r.tasks {
 				t.content.Release()
 			}
 			return
-		case f := <-r.events:
-			f()
+		case e := <-r.events:
+			r.act(e)
 			for range len(r.events) { // what has come meanwhile is decided on together
-				f = <-r.events
-				f()
+				r.act(<-r.events)
 			}
 		case now := <-tick.C:
-			r.given = 0
-			if len(r.tasks) == 0 {
-				continue
-			}
-			r.sched.Tick(now)
-			if now.Sub(reviewed) >= reviewing {
-				reviewed = now
-				r.review(now)
-			}
+			ticks++
+			r.tick(now, ticks)
 		}
 		r.decide()
 		r.metrics.hosts.Set(float64(len(r.hosts)))
 		r.metrics.tasks.Set(float64(len(r.tasks)))
+	}
+}
+
+func (r *region) act(e event) {
+	if e.call != nil {
+		e.call()
+	} else {
+		r.up(e.session, e.up)
+	}
+}
+
+// tick is what is to be done every tickEvery; nth counts its calls.
+func (r *region) tick(now time.Time, nth int) {
+	r.given = 0
+	if nth%keeping == 0 {
+		r.keepAlive()
+	}
+	if len(r.tasks) == 0 {
+		return
+	}
+	r.sched.Tick(now)
+	if nth%reviewing == 0 {
+		r.review(now)
+	}
+}
+
+// keepAlive shows quiet hosts that the supernode is there, and ends the sessions
+// of those that are not.
+func (r *region) keepAlive() {
+	for _, s := range r.hosts {
+		quiet, err := s.conn.Tick()
+		if err != nil {
+			s.end(err)
+		} else if quiet {
+			s.send(message{})
+		}
 	}
 }
 
@@ -175,14 +218,16 @@ func (r *region) decide() {
 		if t == nil {
 			continue
 		}
-		if m := t.members[d.Host]; m != nil && t.untold {
-			m.tell(t)
+		if t.untold {
+			if m := t.members[d.Host]; m != nil {
+				m.tell(t)
+			}
 		}
 		host.transfers[d.Transfer] = transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
 		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count}
 		if d.Parent != seed {
 			a.Parent = r.hosts[d.Parent].addr
-			host.send(message{size: 96, add: func(b *api.Down) { b.Assign = append(b.Assign, a) }})
+			host.send(message{size: 96, assign: a})
 			continue
 		}
 		size := t.layout.Offset(d.First+d.Count) - t.layout.Offset(d.First)

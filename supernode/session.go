@@ -26,7 +26,7 @@ const (
 	smallTimeout = time.Second      // for all of a small content, before the answer
 	maxJoins     = 256              // joins of a session being answered
 	maxQueued    = 16 << 20         // bytes waiting for a slow reader, roughly
-	maxUsed      = 64               // places in a queue that is used again
+	maxUsed      = 4                // places in a queue that is used again
 	frameSize    = api.MaxFrame / 2 // where a frame is full; one message is no larger
 
 	// itemsPerSecond and itemsAtOnce bound what a host may say: a piece of
@@ -69,12 +69,14 @@ type session struct {
 	writes  sync.WaitGroup
 }
 
-// message is something to be told to a host, in its turn. add puts it into a
-// batch, and is called by the goroutine that writes.
+// message is something to be told to a host, in its turn: the assignment, and
+// what add puts into a batch, which is called by the goroutine that writes. One
+// with neither shows that the supernode is there.
 type message struct {
-	size  int  // of its encoded form, roughly
-	first bool // not in one batch after an Invalidate, which would be acted on later
-	add   func(*api.Down)
+	size   int  // of its encoded form, roughly
+	first  bool // not in one batch after an Invalidate, which would be acted on later
+	assign api.Assign
+	add    func(*api.Down)
 }
 
 // send queues m. It never waits: a host that does not read loses its session.
@@ -101,7 +103,9 @@ func (s *session) take(used []message) []message {
 	defer s.mu.Unlock()
 	q := s.queue
 	s.queue, s.queued = used, 0
-	s.writing = len(q) > 0
+	if s.writing = len(q) > 0; !s.writing && used == nil {
+		s.queue = q
+	}
 	return q
 }
 
@@ -150,7 +154,6 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		}})
 	})
 	var wg sync.WaitGroup
-	wg.Go(func() { cancel(conn.KeepAlive(ctx)) })
 	cancel(s.read(ctx, &wg))
 	n.region.do(func() { n.region.hostDown(s) })
 	n.log.Info("session ends", zap.String("host", s.name), zap.Error(context.Cause(ctx)))
@@ -217,7 +220,7 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 			return err
 		}
 		joins := up.Join
-		s.node.region.do(func() { s.node.region.up(s, &up) })
+		s.node.region.post(event{session: s, up: &up})
 		for _, j := range joins {
 			select {
 			case s.joins <- struct{}{}:
@@ -244,7 +247,12 @@ func (s *session) write() {
 			var b api.Down
 			size := 0
 			for len(q) > 0 && (size == 0 || size+q[0].size <= frameSize) && (!q[0].first || b.Invalidate == nil) {
-				q[0].add(&b)
+				if q[0].assign.Transfer != 0 {
+					b.Assign = append(b.Assign, q[0].assign)
+				}
+				if q[0].add != nil {
+					q[0].add(&b)
+				}
 				size += q[0].size
 				q[0] = message{}
 				q = q[1:]

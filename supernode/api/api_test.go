@@ -3,7 +3,9 @@ package api
 import (
 	"context"
 	"crypto/ed25519"
+	"encoding/binary"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -18,99 +20,39 @@ import (
 	"damselfly.dev/pieces"
 )
 
-func TestSessionCarriesBatchesBothWays(t *testing.T) {
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, err := Accept(w, r)
-		if err != nil {
-			return
-		}
-		defer c.CloseNow()
-		up, err := c.Read(r.Context())
-		if err != nil || up.Hello == nil {
-			return
-		}
-		_ = c.Write(r.Context(), Down{Welcome: &Welcome{Version: up.Hello.Version, TicketKey: []byte(up.Hello.Host)}})
-	}))
-	defer srv.Close()
-	c, err := Dial(t.Context(), srv.Client(), srv.URL+"/")
-	require.NoError(t, err)
-	defer c.CloseNow()
-	require.NoError(t, c.Write(t.Context(), Up{Hello: &Hello{Version: Version, Host: "h1"}}))
-	down, err := c.Read(t.Context())
-	require.NoError(t, err)
-	require.Equal(t, "h1", string(down.Welcome.TicketKey))
-}
-
-func TestSessionRefusesWhatIsTooLargeOrMalformed(t *testing.T) {
-	for name, frame := range map[string][]byte{
-		"too large":          make([]byte, MaxFrame+1),
-		"not CBOR":           []byte("\xff\xff\xff"),
-		"list past the cap":  append([]byte{0xa1, 0x06, 0x9a, 0, 1, 0, 1}, make([]byte, 1<<16+1)...),
-		"indefinite lengths": {0xbf, 0xff},
-		"another type":       {0x83, 1, 2, 3},
-	} {
-		t.Run(name, func(t *testing.T) {
-			got := make(chan error, 1)
-			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				c, err := Accept(w, r)
-				if err == nil {
-					_, err = c.Read(r.Context())
-					c.CloseNow()
-				}
-				got <- err
-			}))
-			defer srv.Close()
-			c, err := Dial(t.Context(), srv.Client(), srv.URL)
-			require.NoError(t, err)
-			defer c.CloseNow()
-			_ = c.ws.Write(t.Context(), 2, frame)
-			require.Error(t, <-got)
-		})
+// pair returns the two ends of a session over memory, and the host's connection
+// below its end. What the supernode's end writes goes through wrap.
+func pair(t *testing.T, wrap func(net.Conn) net.Conn) (host *Conn[Down, Up], node *Conn[Up, Down], below net.Conn) {
+	t.Helper()
+	here, there := net.Pipe()
+	if wrap != nil {
+		there = wrap(there)
 	}
-}
-
-func TestKeepAliveNoticesSilence(t *testing.T) {
-	release := make(chan struct{})
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	l := pipe{conns: make(chan net.Conn, 1)}
+	l.conns <- there
+	accepted := make(chan *Conn[Up, Down], 1)
+	srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c, err := Accept(w, r)
 		if err != nil {
+			close(accepted)
 			return
 		}
-		defer c.CloseNow()
-		<-release // alive for TCP, and never says a word
-	}))
-	defer srv.Close()
-	defer close(release)
-	c, err := Dial(t.Context(), srv.Client(), srv.URL)
+		accepted <- c
+	})}
+	go func() { _ = srv.Serve(l) }()
+	host, err := Dial(t.Context(), &http.Client{Transport: &http.Transport{
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return here, nil },
+	}}, "http://supernode/")
 	require.NoError(t, err)
-	defer c.CloseNow()
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	go func() { _, _ = c.Read(ctx) }()
-	require.ErrorContains(t, c.KeepAlive(ctx), "silent")
-}
-
-func TestKeepAliveForgivesAnEndThatIsTooBusyToRead(t *testing.T) {
-	busy := make(chan error, 1)
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, err := Accept(w, r)
-		if err != nil {
-			busy <- err
-			return
-		}
-		defer c.CloseNow()
-		busy <- c.KeepAlive(r.Context()) // and no Read
-	}))
-	defer srv.Close()
-	c, err := Dial(t.Context(), srv.Client(), srv.URL)
-	require.NoError(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), SilenceLimit+2*BeatEvery)
-	defer cancel()
-	go func() { _, _ = c.Read(context.Background()) }()
-	require.ErrorIs(t, c.KeepAlive(ctx), context.DeadlineExceeded, "the busy end beats")
-	require.Empty(t, busy, "nor does it take this end for dead")
-	c.CloseNow()
-	require.Error(t, <-busy)
+	node = <-accepted
+	t.Cleanup(func() {
+		host.CloseNow()
+		node.CloseNow()
+		close(l.conns)
+		_ = srv.Close()
+		<-time.After(2 * time.Hour) // what still writes ends
+	})
+	return host, node, here
 }
 
 // pipe is a listener of one connection in memory.
@@ -128,6 +70,170 @@ func (p pipe) Accept() (net.Conn, error) {
 
 func (p pipe) Addr() net.Addr { return &net.IPAddr{} }
 func (p pipe) Close() error   { return nil }
+
+// beats returns what writes an empty batch at a KeepAlive's word.
+func beats[In, Out any](c *Conn[In, Out]) func() {
+	return func() {
+		var nothing Out
+		go func() { _ = c.Write(context.Background(), nothing) }()
+	}
+}
+
+// drain reads until the session ends.
+func drain[In, Out any](c *Conn[In, Out]) {
+	for {
+		if _, err := c.Read(context.Background()); err != nil {
+			return
+		}
+	}
+}
+
+func TestSessionCarriesBatchesBothWays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host, node, _ := pair(t, nil)
+		for _, n := range []int{1, 100, 5000, 60_000} { // frames that a reader's buffer holds, and that it does not
+			soon := make([]uint64, n)
+			for i := range soon {
+				soon[i] = uint64(i)
+			}
+			go func() { _ = host.Write(t.Context(), Up{Soon: soon}) }()
+			up, err := node.Read(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, Up{Soon: soon}, up)
+			go func() { _ = node.Write(t.Context(), Down{Cancel: soon}) }()
+			down, err := host.Read(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, Down{Cancel: soon}, down)
+		}
+	})
+}
+
+func TestSessionEndsWithAReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host, node, _ := pair(t, nil)
+		go node.Close("replaced by another")
+		_, err := host.Read(context.Background())
+		require.ErrorContains(t, err, "replaced by another")
+		_, err = host.Read(context.Background())
+		require.ErrorIs(t, err, io.EOF)
+	})
+}
+
+func TestSessionThatTakesNothingIsClosedAllTheSame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host, node, _ := pair(t, nil)
+		failed := make(chan error, 1)
+		go func() { failed <- node.Write(context.Background(), Down{Cancel: make([]uint64, 1000)}) }()
+		synctest.Wait()
+		began := time.Now()
+		node.Close("too slow")
+		require.LessOrEqual(t, time.Since(began), farewell)
+		require.Error(t, <-failed)
+		_, err := host.Read(context.Background())
+		require.Error(t, err)
+	})
+}
+
+func TestReadAndWriteEndWithTheirContext(t *testing.T) {
+	for name, use := range map[string]func(context.Context, *Conn[Down, Up]) error{
+		"read":  func(ctx context.Context, c *Conn[Down, Up]) error { _, err := c.Read(ctx); return err },
+		"write": func(ctx context.Context, c *Conn[Down, Up]) error { return c.Write(ctx, Up{}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				host, _, _ := pair(t, nil)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				require.ErrorIs(t, use(ctx, host), context.DeadlineExceeded)
+			})
+		})
+	}
+}
+
+func TestSessionRefusesWhatIsTooLargeOrMalformed(t *testing.T) {
+	framed := func(body string) []byte {
+		return append(binary.BigEndian.AppendUint32(nil, uint32(len(body))), body...)
+	}
+	for name, frame := range map[string][]byte{
+		"too large":          {0, 0x10, 0, 1},
+		"far too large":      {0x7f, 0xff, 0xff, 0xff},
+		"empty":              framed(""),
+		"not CBOR":           framed("\xff\xff\xff"),
+		"list past the cap":  framed("\xa1\x06\x9a\x00\x01\x00\x01" + strings.Repeat("\x00", 1<<16+1)),
+		"indefinite lengths": framed("\xbf\xff"),
+		"another type":       framed("\x83\x01\x02\x03"),
+		"more than a batch":  framed("\xa0\xa0"),
+		"another protocol":   []byte("GET / HTTP/1.1\r\n\r\n"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				_, node, below := pair(t, nil)
+				go func() { _, _ = below.Write(frame) }()
+				_, err := node.Read(t.Context())
+				require.Error(t, err)
+			})
+		})
+	}
+}
+
+func TestSessionThatBreaksWithinAFrame(t *testing.T) {
+	whole := binary.BigEndian.AppendUint32(nil, 8000)
+	whole = append(whole, make([]byte, 8000)...)
+	for _, n := range []int{0, 1, 4, 5, 4096, 8003} {
+		synctest.Test(t, func(t *testing.T) {
+			_, node, below := pair(t, nil)
+			go func() {
+				_, _ = below.Write(whole[:n])
+				_ = below.Close()
+			}()
+			_, err := node.Read(t.Context())
+			require.ErrorIs(t, err, io.EOF)
+		})
+	}
+}
+
+func TestOnlyAHostOpensASession(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, err := Accept(w, r)
+		require.Error(t, err)
+	}))
+	defer srv.Close()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, http.NoBody)
+	require.NoError(t, err)
+	req.Header.Set("Connection", "Upgrade")
+	req.Header.Set("Upgrade", "websocket")
+	resp, err := srv.Client().Do(req)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	require.Equal(t, http.StatusUpgradeRequired, resp.StatusCode)
+
+	srv.Config.Handler = http.NotFoundHandler()
+	_, err = Dial(t.Context(), srv.Client(), srv.URL)
+	require.ErrorContains(t, err, "404")
+}
+
+func TestKeepAliveNoticesSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host, _, _ := pair(t, nil) // the supernode says nothing
+		go drain(host)
+		began := time.Now()
+		require.ErrorContains(t, host.KeepAlive(t.Context(), beats(host)), "silent")
+		require.Equal(t, SilenceLimit+TickEvery, time.Since(began), "it had waited for less than a tick at the first")
+	})
+}
+
+func TestKeepAliveForgivesAnEndThatIsTooBusyToRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host, node, _ := pair(t, nil)
+		ctx, cancel := context.WithTimeout(t.Context(), StuckLimit-TickEvery)
+		defer cancel()
+		go drain(host)
+		busy := make(chan error, 1)
+		go func() { busy <- node.KeepAlive(ctx, beats(node)) }() // and no Read
+		require.ErrorIs(t, host.KeepAlive(ctx, beats(host)), context.DeadlineExceeded, "the busy end beats")
+		require.ErrorIs(t, <-busy, context.DeadlineExceeded, "nor does it take this end for dead")
+	})
+}
 
 // halting writes nothing in the last 4 of each 13.3 seconds, nor once dead.
 type halting struct {
@@ -155,90 +261,43 @@ func TestKeepAliveForgivesAnEndThatStandsStillForSeconds(t *testing.T) {
 	}
 }
 
-// An end that shows that it is there and never reads is not waited for for ever.
-func TestKeepAliveEndsWithWhoTakesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		here, there := net.Pipe()
-		l := pipe{conns: make(chan net.Conn, 1)}
-		l.conns <- there
-		srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if c, err := Accept(w, r); err == nil {
-				_ = c.KeepAlive(r.Context()) // and no Read
-				c.CloseNow()
-			}
-		})}
-		go func() { _ = srv.Serve(l) }()
-		c, err := Dial(t.Context(), &http.Client{Transport: &http.Transport{
-			DialContext: func(context.Context, string, string) (net.Conn, error) { return here, nil },
-		}}, "http://supernode")
-		require.NoError(t, err)
-		go func() {
-			_, err := c.Read(context.Background())
-			for err == nil {
-				_, err = c.Read(context.Background())
-			}
-		}()
-		go func() {
-			for c.Write(context.Background(), Up{Soon: make([]uint64, 10_000)}) == nil {
-			}
-		}()
-		began := time.Now()
-		require.ErrorContains(t, c.KeepAlive(t.Context()), "taken nothing")
-		require.InDelta(t, StuckLimit.Seconds(), time.Since(began).Seconds(), 2)
-		c.CloseNow()
-		close(l.conns)
-		_ = srv.Close()
-		<-time.After(time.Hour) // what still writes ends
-	})
-}
-
 func standsStill(t *testing.T, writes time.Duration) {
 	t.Helper()
-	here, there := net.Pipe()
-	l := pipe{conns: make(chan net.Conn, 1)}
 	dead := make(chan struct{})
-	l.conns <- halting{there, time.Now(), dead}
-	srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, err := Accept(w, r)
-		if err != nil {
-			return
-		}
-		defer c.CloseNow()
-		<-time.After(1700 * time.Millisecond) // the ends tick apart
-		go func() { _ = c.KeepAlive(r.Context()) }()
-		go func() {
-			for c.Write(context.Background(), Down{}) == nil {
-				<-time.After(writes)
-			}
-		}()
-		_, _ = c.Read(context.Background())
-	})}
-	go func() { _ = srv.Serve(l) }()
-	defer func() {
-		close(l.conns)
-		_ = srv.Close()
-		<-time.After(time.Hour) // what still writes ends
-	}()
-	c, err := Dial(t.Context(), &http.Client{Transport: &http.Transport{
-		DialContext: func(context.Context, string, string) (net.Conn, error) { return here, nil },
-	}}, "http://supernode")
-	require.NoError(t, err)
-	defer c.CloseNow()
+	host, node, _ := pair(t, func(c net.Conn) net.Conn { return halting{c, time.Now(), dead} })
+	go drain(node)
+	go drain(host)
 	go func() {
-		for {
-			if _, err := c.Read(context.Background()); err != nil {
-				return
-			}
+		<-time.After(1700 * time.Millisecond) // the ends tick apart
+		go func() { _ = node.KeepAlive(t.Context(), beats(node)) }()
+		for t.Context().Err() == nil && node.Write(context.Background(), Down{}) == nil {
+			<-time.After(writes)
 		}
 	}()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
-	require.ErrorIs(t, c.KeepAlive(ctx), context.DeadlineExceeded)
+	require.ErrorIs(t, host.KeepAlive(ctx, beats(host)), context.DeadlineExceeded)
 
 	close(dead)
 	began := time.Now()
-	require.ErrorContains(t, c.KeepAlive(t.Context()), "silent")
+	require.ErrorContains(t, host.KeepAlive(t.Context(), beats(host)), "silent")
 	require.LessOrEqual(t, time.Since(began), 8*time.Second, "who is dead is noticed")
+}
+
+// An end that shows that it is there and never reads is not waited for for ever.
+func TestKeepAliveEndsWithWhoTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host, node, _ := pair(t, nil)
+		go func() { _ = node.KeepAlive(t.Context(), beats(node)) }() // and no Read
+		go drain(host)
+		go func() {
+			for host.Write(context.Background(), Up{Soon: make([]uint64, 10_000)}) == nil {
+			}
+		}()
+		began := time.Now()
+		require.ErrorContains(t, host.KeepAlive(t.Context(), beats(host)), "taken nothing")
+		require.InDelta(t, StuckLimit.Seconds(), time.Since(began).Seconds(), 2)
+	})
 }
 
 func TestOriginIsNeverPrinted(t *testing.T) {

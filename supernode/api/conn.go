@@ -1,8 +1,11 @@
 package api
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,7 +15,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/coder/websocket"
 	"github.com/fxamacker/cbor/v2"
 )
 
@@ -22,33 +24,45 @@ const (
 	// MaxInline bounds the data that comes with an Assign, in bytes.
 	MaxInline = 64 << 10
 
+	// TickEvery is how often Tick is to be called.
+	TickEvery = time.Second
 	// BeatEvery is how often an end that says nothing shows that it is there, by
-	// an empty frame.
-	BeatEvery = 2 * tick
+	// an empty batch.
+	BeatEvery = 2 * TickEvery
 	// SilenceLimit is when an end of which nothing has been heard is taken for
 	// dead. One that stands still for some seconds between beats is not.
-	SilenceLimit = 7 * tick
+	SilenceLimit = 7 * TickEvery
 	// StuckLimit is how long the other end may take over one frame: longer than
 	// any back-pressure, shorter than memory lasts.
-	StuckLimit = 30 * tick
+	StuckLimit = 30 * TickEvery
 
-	tick = time.Second // what KeepAlive counts
+	protocol  = "damselfly" // of the Upgrade header
+	headSize  = 4           // bytes before a frame: its length
+	goodbye   = 1 << 31     // added to it where the frame says, for people, why the session ends
+	maxReason = 256         // bytes of that
+	farewell  = time.Second // for writing it
 
 	maxBatch = 1 << 16  // elements of any list in a frame
 	maxKept  = 16 << 10 // bytes of a buffer that is used again
 )
 
-// Conn is one end of a session that reads In and writes Out. One goroutine may
-// read and another write.
+// Conn is one end of a session that reads In and writes Out: after an HTTP
+// upgrade, frames of CBOR, each behind its length in four bytes, the highest
+// first. One goroutine may read while others write and one calls Tick.
 type Conn[In, Out any] struct {
-	ws      *websocket.Conn
-	frame   heard         // being read
-	reads   atomic.Uint64 // begun and ended: odd while one waits
-	writes  atomic.Uint64 // begun and ended, without beats: odd while one is under way
-	beating atomic.Bool   // a beat is being written
+	rw     io.ReadWriteCloser
+	in     *bufio.Reader
+	reads  atomic.Uint64 // begun and ended: odd while one waits
+	writes atomic.Uint64 // begun and ended: odd while one is under way
+	turn   chan struct{} // to write to rw: it holds one token while somebody does
+
+	// What Tick has seen, and for how long the other end says, or takes, nothing
+	// and this one says nothing.
+	read, written        uint64
+	silent, stuck, quiet time.Duration
 }
 
-// buffers are for frames on their way in or out.
+// buffers are for frames on their way out, and for large ones on their way in.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 func putBuffer(b *bytes.Buffer) {
@@ -61,28 +75,64 @@ func putBuffer(b *bytes.Buffer) {
 // Dial opens a session with the supernode at base, a URL without a path. The
 // client's Timeout must be 0; ctx bounds the dialling alone.
 func Dial(ctx context.Context, client *http.Client, base string) (*Conn[Down, Up], error) {
-	c := &Conn[Down, Up]{}
-	var err error
-	c.ws, _, err = websocket.Dial(ctx, strings.TrimSuffix(base, "/")+SessionPath, //nolint:bodyclose // the library closes it
-		&websocket.DialOptions{HTTPClient: client})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(base, "/")+SessionPath, http.NoBody)
 	if err != nil {
 		return nil, fmt.Errorf("open session with %s: %w", base, err)
 	}
-	c.ws.SetReadLimit(MaxFrame)
+	req.Header.Set("Connection", "Upgrade")
+	req.Header.Set("Upgrade", protocol)
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("open session with %s: %w", base, err)
+	}
+	rw, ok := resp.Body.(io.ReadWriteCloser)
+	if resp.StatusCode != http.StatusSwitchingProtocols || !ok {
+		_ = resp.Body.Close()
+		return nil, fmt.Errorf("open session with %s: it answers %s", base, resp.Status)
+	}
+	c := &Conn[Down, Up]{rw: rw, turn: make(chan struct{}, 1)}
+	c.in = bufio.NewReader(heard{rw, &c.reads})
 	return c, nil
 }
 
 // Accept turns a request for SessionPath into the supernode's end of a session.
 // On an error the answer has been written.
 func Accept(w http.ResponseWriter, r *http.Request) (*Conn[Up, Down], error) {
-	c := &Conn[Up, Down]{}
-	var err error
-	c.ws, err = websocket.Accept(w, r, nil)
+	if !strings.EqualFold(r.Header.Get("Upgrade"), protocol) {
+		w.Header().Set("Connection", "Upgrade")
+		w.Header().Set("Upgrade", protocol)
+		http.Error(w, "here a host of the supernode's own version opens its session", http.StatusUpgradeRequired)
+		return nil, errors.New("accept session: the request asks for none")
+	}
+	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
+		http.Error(w, "a session needs HTTP/1.1", http.StatusHTTPVersionNotSupported)
 		return nil, fmt.Errorf("accept session: %w", err)
 	}
-	c.ws.SetReadLimit(MaxFrame)
+	c := &Conn[Up, Down]{rw: conn, in: buffered.Reader, turn: make(chan struct{}, 1)}
+	if c.in.Buffered() > 0 {
+		err = errors.New("the host speaks before it is answered")
+	} else {
+		_, err = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+protocol+"\r\n\r\n")
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("accept session: %w", err)
+	}
+	c.in.Reset(heard{conn, &c.reads})
 	return c, nil
+}
+
+// heard notes that something comes of a frame.
+type heard struct {
+	io.Reader
+	reads *atomic.Uint64
+}
+
+func (h heard) Read(p []byte) (int, error) {
+	n, err := h.Reader.Read(p)
+	h.reads.Add(2)
+	return n, err
 }
 
 var decMode = sync.OnceValues(func() (cbor.DecMode, error) {
@@ -95,132 +145,187 @@ var decMode = sync.OnceValues(func() (cbor.DecMode, error) {
 	}.DecMode()
 })
 
+// AppendFrame puts a batch into b as it goes over the wire.
+func AppendFrame(b *bytes.Buffer, batch any) error {
+	at := b.Len()
+	b.Write(make([]byte, headSize))
+	if err := cbor.MarshalToBuffer(batch, b); err != nil {
+		return fmt.Errorf("encode a frame: %w", err)
+	}
+	frame := b.Bytes()[at:]
+	binary.BigEndian.PutUint32(frame, uint32(len(frame)-headSize)) //nolint:gosec // below MaxFrame
+	return nil
+}
+
+// FrameSize returns how many bytes the frame takes that b begins with, its head
+// among them; 0 when b is too short to tell.
+func FrameSize(b []byte) (int, error) {
+	if len(b) < headSize {
+		return 0, nil
+	}
+	n := binary.BigEndian.Uint32(b) &^ goodbye
+	if n > MaxFrame {
+		return 0, fmt.Errorf("a frame of %d bytes, more than %d", n, MaxFrame)
+	}
+	return headSize + int(n), nil
+}
+
+// ParseFrame reads a frame, of which all is there, into a batch. One that says
+// why the session ends is an error.
+func ParseFrame(frame []byte, batch any) error {
+	body := frame[headSize:]
+	if binary.BigEndian.Uint32(frame)&goodbye != 0 {
+		return fmt.Errorf("the other end says %q", body[:min(len(body), maxReason)])
+	}
+	dec, err := decMode()
+	if err != nil {
+		return err
+	}
+	if err := dec.Unmarshal(body, batch); err != nil {
+		return fmt.Errorf("malformed frame: %w", err)
+	}
+	return nil
+}
+
 // Read waits for the next batch. After an error the session is over. It costs
 // least with a ctx that never ends, where CloseNow is what ends it.
 func (c *Conn[In, Out]) Read(ctx context.Context) (In, error) {
+	if ctx.Done() != nil {
+		defer context.AfterFunc(ctx, c.CloseNow)()
+	}
 	var in In
-	dec, err := decMode()
-	if err != nil {
-		return in, err
-	}
-	frame := buffers.Get().(*bytes.Buffer)
-	defer putBuffer(frame)
-	for frame.Len() == 0 {
-		if err := c.readFrame(ctx, frame); err != nil {
-			return in, fmt.Errorf("read session: %w", err)
-		}
-	}
-	if err := dec.Unmarshal(frame.Bytes(), &in); err != nil {
-		return in, fmt.Errorf("read session: malformed frame: %w", err)
+	if err := c.readFrame(&in); err != nil {
+		return in, fmt.Errorf("read session: %w", because(ctx, err))
 	}
 	return in, nil
 }
 
-func (c *Conn[In, Out]) readFrame(ctx context.Context, to *bytes.Buffer) error {
+// readFrame reads a frame where it lies, or, when it is a large one, into a
+// buffer that grows as it comes.
+func (c *Conn[In, Out]) readFrame(in *In) error {
 	c.reads.Add(1)
 	defer c.reads.Add(1)
-	_, r, err := c.ws.Reader(ctx)
-	if err == nil {
-		c.frame = heard{r, &c.reads}
-		_, err = to.ReadFrom(&c.frame)
+	head, err := c.in.Peek(headSize)
+	if err != nil {
+		return err
 	}
-	return err
-}
-
-// heard notes that something comes of a frame.
-type heard struct {
-	io.Reader
-	reads *atomic.Uint64
-}
-
-func (h *heard) Read(p []byte) (int, error) {
-	h.reads.Add(2)
-	return h.Reader.Read(p)
+	size, err := FrameSize(head)
+	if err != nil {
+		return err
+	}
+	if size <= c.in.Size() {
+		frame, err := c.in.Peek(size)
+		if err == nil {
+			err = ParseFrame(frame, in)
+		}
+		_, _ = c.in.Discard(len(frame))
+		return err
+	}
+	frame := buffers.Get().(*bytes.Buffer)
+	defer putBuffer(frame)
+	if _, err := io.CopyN(frame, c.in, int64(size)); err != nil {
+		return err
+	}
+	return ParseFrame(frame.Bytes(), in)
 }
 
 // Write sends one batch, which must stay below MaxFrame. After an error the
 // session is over. It costs least with a ctx that never ends, where CloseNow is
 // what ends it.
 func (c *Conn[In, Out]) Write(ctx context.Context, out Out) error {
+	if ctx.Done() != nil {
+		defer context.AfterFunc(ctx, c.CloseNow)()
+	}
 	frame := buffers.Get().(*bytes.Buffer)
 	defer putBuffer(frame)
-	if err := cbor.MarshalToBuffer(out, frame); err != nil {
-		return fmt.Errorf("write session: %w", err)
+	err := AppendFrame(frame, &out)
+	if err == nil {
+		c.turn <- struct{}{}
+		c.writes.Add(1)
+		_, err = c.rw.Write(frame.Bytes())
+		c.writes.Add(1)
+		<-c.turn
 	}
-	c.writes.Add(1)
-	defer c.writes.Add(1)
-	return c.writeFrame(ctx, frame.Bytes())
-}
-
-func (c *Conn[In, Out]) writeFrame(ctx context.Context, frame []byte) error {
-	if err := c.ws.Write(ctx, websocket.MessageBinary, frame); err != nil {
-		return fmt.Errorf("write session: %w", err)
+	if err != nil {
+		return fmt.Errorf("write session: %w", because(ctx, err))
 	}
 	return nil
 }
 
-// KeepAlive shows the other end that this one is there, until ctx ends. It is
-// an error when nothing comes from the other end for SilenceLimit while this one
-// Reads, or when it takes nothing of a Write for StuckLimit. Time is counted in
-// ticks, so that a machine that stood still takes nobody for dead. The session
-// must be closed then: a beat may be under way until that.
-func (c *Conn[In, Out]) KeepAlive(ctx context.Context) error {
-	t := time.NewTicker(tick)
+// because returns why ctx ended, when it did, and else err.
+func because(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// Tick notes that TickEvery has passed, and tells whether this end has said
+// nothing for BeatEvery: it is to Write an empty batch then, and not wait for
+// that, as the other end may be slow to read. It is an error when nothing comes from the
+// other end for SilenceLimit while this one Reads, or when it takes nothing of a
+// Write for StuckLimit. Time is counted in calls, so that a machine that stood
+// still takes nobody for dead.
+func (c *Conn[In, Out]) Tick() (beat bool, err error) {
+	read, written := c.reads.Load(), c.writes.Load()
+	c.silent += TickEvery
+	c.stuck += TickEvery
+	c.quiet += TickEvery
+	if read != c.read || read%2 == 0 {
+		c.silent = 0
+	}
+	if written != c.written || written%2 == 0 {
+		c.stuck = 0
+	}
+	if written != c.written || written%2 == 1 {
+		c.quiet = 0
+	}
+	c.read, c.written = read, written
+	switch {
+	case c.silent >= SilenceLimit:
+		return false, fmt.Errorf("session silent for %v", SilenceLimit)
+	case c.stuck >= StuckLimit:
+		return false, fmt.Errorf("the other end has taken nothing for %v", StuckLimit)
+	}
+	return c.quiet > 0 && c.quiet%BeatEvery == 0, nil
+}
+
+// KeepAlive calls Tick until ctx ends or it returns an error, and beat, which
+// must not wait, when an empty batch is to be written.
+func (c *Conn[In, Out]) KeepAlive(ctx context.Context, beat func()) error {
+	t := time.NewTicker(TickEvery)
 	defer t.Stop()
-	broken := make(chan error, 1)
-	var read, written uint64
-	var silent, stuck, quiet time.Duration // the other end speaks, or takes, nothing; this one says nothing
-	for silent < SilenceLimit && stuck < StuckLimit {
+	for {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case err := <-broken:
-			return err
 		case <-t.C:
 		}
-		silent += tick
-		stuck += tick
-		quiet += tick
-		if now := c.reads.Load(); now != read || now%2 == 0 {
-			read, silent = now, 0
+		due, err := c.Tick()
+		if err != nil {
+			return err
 		}
-		now := c.writes.Load()
-		if now != written || now%2 == 0 {
-			stuck = 0
-		}
-		if now != written {
-			written, quiet = now, 0
-		}
-		if quiet >= BeatEvery && c.beating.CompareAndSwap(false, true) {
-			quiet = 0
-			go c.beat(broken) // the other end may be slow to read
+		if due {
+			beat()
 		}
 	}
-	if stuck >= StuckLimit {
-		return fmt.Errorf("the other end has taken nothing for %v", StuckLimit)
-	}
-	return fmt.Errorf("session silent for %v", SilenceLimit)
-}
-
-// beat writes an empty frame; only where that succeeds is there another.
-func (c *Conn[In, Out]) beat(broken chan<- error) {
-	if err := c.writeFrame(context.Background(), nil); err != nil {
-		broken <- err
-		return
-	}
-	c.beating.Store(false)
 }
 
 // Close ends the session at once, telling the other end why in a short phrase.
 func (c *Conn[In, Out]) Close(reason string) {
-	if len(reason) > 100 {
-		reason = reason[:100]
+	defer c.CloseNow()
+	if conn, ok := c.rw.(net.Conn); ok {
+		_ = conn.SetWriteDeadline(time.Now().Add(farewell)) // also for what is being written
 	}
-	_ = c.ws.Close(websocket.StatusPolicyViolation, reason)
+	reason = reason[:min(len(reason), maxReason)]
+	head := binary.BigEndian.AppendUint32(nil, goodbye|uint32(len(reason))) //nolint:gosec // below maxReason
+	c.turn <- struct{}{}
+	defer func() { <-c.turn }()
+	_, _ = c.rw.Write(append(head, reason...))
 }
 
 // CloseNow ends the session without a word.
-func (c *Conn[In, Out]) CloseNow() { _ = c.ws.CloseNow() }
+func (c *Conn[In, Out]) CloseNow() { _ = c.rw.Close() }
 
 // PeerAddr completes the address a host advertises: with an empty host it gets
 // that of remote, the session's remote address (host:port). "" stays "".

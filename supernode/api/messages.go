@@ -8,7 +8,7 @@ import (
 
 // Version is the version of the session's messages. A supernode refuses a host
 // of another version; fields may be added without a new one.
-const Version = 2
+const Version = 3
 
 // MaxLanes bounds the lanes of a host each way.
 const MaxLanes = 256

@@ -149,11 +149,14 @@ func run(ctx context.Context, c config, log io.Writer) ([]row, error) {
 	}
 	empty := super.memory()
 
-	s := newSwarm(c, origin, super.url)
+	s, err := newSwarm(c, origin, super.url)
+	if err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	s.fail = cancel
-	defer s.close() // after cancel: the sessions end
+	defer s.close()
+	defer cancel(nil) // and then the sessions end
 	began := time.Now()
 	if err := s.connect(ctx); err != nil {
 		return nil, err
@@ -221,7 +224,7 @@ func (s *swarm) phase(ctx context.Context, super *process, p phase, log io.Write
 	got := s.stats.Load()
 	speed := float64(got.assigned.Load()) / took
 	cores, ownCores := (super.cpu()-cpu)/took, (ownCPU()-own)/took
-	stalled := s.stalled(s.cfg.duration)
+	stalled := s.stalled()
 	fmt.Fprintf(log, "%s: %.0f/s of %.0f, supernode %.2f cores (%.1f us each), generator %.2f cores (%.1f us each), %d joins, memory %.0f to %.0f MiB\n",
 		p.name, speed, p.rate, cores, cores/speed*1e6, ownCores, ownCores/speed*1e6, got.joins.count(), before, super.memory())
 	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

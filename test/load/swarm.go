@@ -9,8 +9,10 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -20,7 +22,7 @@ import (
 )
 
 const (
-	wheels  = 4
+	loops   = 2
 	dialing = 64    // sessions opened at once
 	perAddr = 20000 // sessions of one local address, which has ports for more
 )
@@ -30,8 +32,7 @@ type swarm struct {
 	cfg    config
 	origin *origin
 	url    string
-	wheels []*wheel
-	hosts  []*host
+	loops  []*loop
 	fail   context.CancelCauseFunc
 	group  sync.WaitGroup
 
@@ -39,13 +40,17 @@ type swarm struct {
 	stats     atomic.Pointer[stats]
 }
 
-func newSwarm(c config, o *origin, url string) *swarm {
+func newSwarm(c config, o *origin, url string) (*swarm, error) {
 	s := &swarm{cfg: c, origin: o, url: url}
 	s.stats.Store(&stats{})
-	for i := range wheels {
-		s.wheels = append(s.wheels, newWheel(uint64(i)))
+	for i := range loops {
+		l, err := newLoop(s, uint64(i))
+		if err != nil {
+			return nil, err
+		}
+		s.loops = append(s.loops, l)
 	}
-	return s
+	return s, nil
 }
 
 // setRate makes the hosts' links such that they take so many pieces a second. A
@@ -70,30 +75,61 @@ func hello(ctx context.Context, client *http.Client, url string, h api.Hello) (*
 	return conn, nil
 }
 
-// connect opens all sessions.
-func (s *swarm) connect(ctx context.Context) error {
-	clients := make([]*http.Client, s.cfg.sessions/perAddr+1)
-	for i := range clients {
-		d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i+1))}}
-		clients[i] = &http.Client{Transport: &http.Transport{DialContext: d.DialContext}}
+// socket opens a session and returns the socket that it goes on over: thousands
+// cost least without a goroutine each.
+func (s *swarm) socket(ctx context.Context, i int) (fd int, err error) {
+	var tcp *net.TCPConn
+	d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i/perAddr+1))}}
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := d.DialContext(ctx, network, addr)
+		if err == nil {
+			tcp = conn.(*net.TCPConn)
+		}
+		return conn, err
+	}}}
+	conn, err := hello(ctx, client, s.url, api.Hello{
+		Version: api.Version, Host: fmt.Sprint("host-", i), Addr: fmt.Sprintf("10.%d.%d.%d:65002", i>>16, i>>8&255, i&255),
+		Up: s.cfg.lanes, Down: s.cfg.lanes,
+	})
+	if err != nil {
+		return 0, err
 	}
-	s.hosts = make([]*host, s.cfg.sessions)
+	defer conn.CloseNow() // the socket stays open
+	raw, err := tcp.SyscallConn()
+	if err == nil {
+		var failed error
+		err = raw.Control(func(old uintptr) { fd, failed = syscall.Dup(int(old)) })
+		err = errors.Join(err, failed)
+	}
+	return fd, err
+}
+
+// connect opens all sessions. They are followed from then on, and must not end
+// before ctx.
+func (s *swarm) connect(ctx context.Context) error {
+	for _, l := range s.loops {
+		s.group.Go(func() {
+			if err := l.run(ctx); ctx.Err() == nil {
+				s.fail(err)
+			}
+		})
+	}
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(dialing)
-	for i := range s.hosts {
+	for i := range s.cfg.sessions {
 		group.Go(func() error {
-			h := &host{swarm: s, wheel: s.wheels[i%wheels], task: i % len(s.origin.blobs), coming: map[uint64]*transfer{}}
-			conn, err := hello(gctx, clients[i/perAddr], s.url, api.Hello{
-				Version: api.Version, Host: fmt.Sprint("host-", i), Addr: fmt.Sprintf("10.%d.%d.%d:65002", i>>16, i>>8&255, i&255),
-				Up: s.cfg.lanes, Down: s.cfg.lanes,
-			})
+			fd, err := s.socket(gctx, i)
 			if err != nil {
 				return fmt.Errorf("session %d: %w", i, err)
 			}
-			h.conn = conn
-			s.hosts[i] = h
-			s.keep(ctx, h)
-			return nil
+			l, h := s.loops[i%loops], &host{swarm: s, fd: fd, task: i % len(s.origin.blobs)}
+			select {
+			case l.calls <- func() { l.add(h) }:
+				return nil
+			case <-gctx.Done():
+				syscall.Close(fd)
+				return context.Cause(gctx)
+			}
 		})
 	}
 	if err := group.Wait(); err != nil {
@@ -102,61 +138,34 @@ func (s *swarm) connect(ctx context.Context) error {
 	return nil
 }
 
-// keep follows a session to its end, which must not come before that of ctx.
-func (s *swarm) keep(ctx context.Context, h *host) {
-	s.group.Go(func() {
-		if err := h.conn.KeepAlive(ctx); ctx.Err() == nil {
-			s.fail(err)
-		}
-	})
-	s.group.Go(func() {
-		for {
-			down, err := h.conn.Read(context.Background()) // close ends it
-			if err == nil {
-				err = h.follow(down)
-			}
-			if err != nil {
-				if ctx.Err() == nil {
-					s.fail(fmt.Errorf("a host's session ends: %w", err))
-				}
-				return
-			}
-		}
-	})
-}
-
 // begin has all hosts join within the time to settle.
 func (s *swarm) begin(ctx context.Context) {
-	for i, h := range s.hosts {
-		h.wheel.after(s.cfg.settle*time.Duration(i)/time.Duration(len(s.hosts)), due{h: h})
-	}
-	for _, w := range s.wheels {
-		s.group.Go(func() {
-			if err := w.run(ctx); ctx.Err() == nil {
-				s.fail(err)
+	for _, l := range s.loops {
+		join := func() {
+			for i, h := range l.hosts {
+				l.after(l.now, s.cfg.settle*time.Duration(i)/time.Duration(len(l.hosts)), due{h: h})
 			}
-		})
+		}
+		select {
+		case l.calls <- join:
+		case <-ctx.Done():
+		}
 	}
 }
 
 // close ends all sessions. Their context has ended.
 func (s *swarm) close() {
-	for _, h := range s.hosts {
-		if h != nil {
-			h.conn.CloseNow()
-		}
-	}
 	s.group.Wait()
+	for _, l := range s.loops {
+		l.close()
+	}
 }
 
-// stalled returns how many hosts need pieces and were told of none for so long.
-func (s *swarm) stalled(long time.Duration) (n int) {
-	for _, h := range s.hosts {
-		h.mu.Lock()
-		if h.have.Len() < h.have.Cap() && time.Since(h.assigned) > long {
-			n++
-		}
-		h.mu.Unlock()
+// stalled returns how many hosts need pieces and were told of none for as long
+// as a phase lasts.
+func (s *swarm) stalled() (n int64) {
+	for _, l := range s.loops {
+		n += l.stalled.Load()
 	}
 	return n
 }
@@ -179,25 +188,27 @@ func (s *swarm) flood(ctx context.Context, n int) error {
 	return nil
 }
 
-// host is one host's session and what it does.
+// host is one host's session and what it does. It is its loop's.
 type host struct {
-	swarm *swarm
-	wheel *wheel
-	conn  *api.Conn[api.Down, api.Up]
+	swarm  *swarm
+	loop   *loop
+	number int32 // in the loop's hosts
+	fd     int
+	begun  []byte // of a frame that comes
+	unsent []byte
+	heard  time.Time // of the supernode, when last
+	spoke  time.Time // this host, when last
+	saying bool      // stands in loop.said
 
-	mu       sync.Mutex // guards what follows
-	task     int        // of the origin's
-	num      int32      // the same, in this session; 0 until the join is answered
-	seq      uint64
-	joined   time.Time // when it asked to
+	task     int    // of the origin's
+	seq      uint64 // of the last join
+	joined   time.Time
 	have     pieces.Set
 	onTheWay int // pieces
-	coming   map[uint64]*transfer
+	coming   []*transfer
 	assigned time.Time // when last
 	out      api.Up
-	asks     int         // lanes that may have their next with out
 	asked    []time.Time // since when lanes may have their next
-	freed    int         // lanes that have ended with nothing to go on with
 	idle     []time.Time // since when lanes have nothing
 }
 
@@ -212,25 +223,24 @@ type transfer struct {
 
 // due acts on what is due: a piece has come, or a transfer ends soon.
 func (h *host) due(d due) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	tr := d.tr
 	switch {
 	case tr == nil:
 		h.join()
 	case tr.ended:
-	case d.soon && tr.soon: // with another
 	case d.soon:
 		h.out.Soon = append(h.out.Soon, tr.id)
+		h.says()
 		h.ask(tr)
 	default:
 		h.out.Done = append(h.out.Done, api.Done{Transfer: tr.id, Piece: tr.piece})
+		h.says()
 		h.have.Add(tr.piece)
 		tr.piece++
 		tr.left--
 		h.onTheWay--
 		if tr.left > 0 {
-			h.wheel.after(h.swarm.lasts(1), due{h: h, tr: tr})
+			h.loop.after(h.loop.now, h.swarm.lasts(1), due{h: h, tr: tr})
 			return
 		}
 		h.end(tr)
@@ -247,14 +257,14 @@ func (s *swarm) lasts(n int) time.Duration {
 
 // run begins a transfer, whose end is told when a third of its time is left.
 func (h *host) run(tr *transfer) {
-	h.wheel.after(h.swarm.lasts(1), due{h: h, tr: tr})
-	h.wheel.after(h.swarm.lasts(tr.left)*2/3, due{h: h, tr: tr, soon: true})
+	h.loop.after(h.loop.now, h.swarm.lasts(1), due{h: h, tr: tr})
+	h.loop.after(h.loop.now, h.swarm.lasts(tr.left)*2/3, due{h: h, tr: tr, soon: true})
 }
 
 // ask notes that tr's lanes may have their next.
 func (h *host) ask(tr *transfer) {
 	if !tr.soon && h.needs() {
-		h.asks++
+		h.asked = append(h.asked, h.loop.now)
 	}
 	tr.soon = true
 }
@@ -265,10 +275,10 @@ func (h *host) needs() bool { return h.have.Len()+h.onTheWay < h.have.Cap() }
 func (h *host) end(tr *transfer) {
 	tr.ended = true
 	h.onTheWay -= tr.left
-	delete(h.coming, tr.id)
+	h.coming = slices.DeleteFunc(h.coming, func(other *transfer) bool { return other == tr })
 	h.ask(tr)
 	if len(h.coming) < h.swarm.cfg.lanes && h.needs() {
-		h.freed++
+		h.idle = append(h.idle, h.loop.now)
 	}
 }
 
@@ -277,7 +287,7 @@ func (h *host) end(tr *transfer) {
 func (h *host) join() {
 	l := h.swarm.origin.layout
 	id := string(h.swarm.origin.blobs[h.task])
-	h.have, h.joined, h.assigned = pieces.NewSet(l.Count()), time.Now(), time.Now()
+	h.have, h.joined, h.assigned = pieces.NewSet(l.Count()), h.loop.now, h.loop.now
 	if h.seq == 0 {
 		share := rand.Float64()
 		for i := range l.Count() - 1 {
@@ -291,6 +301,7 @@ func (h *host) join() {
 	h.out.Join = append(h.out.Join, api.Join{
 		Seq: h.seq, Task: id, Origin: api.Origin{Registry: registry, Repository: repository},
 	})
+	h.says()
 }
 
 // leave goes on to the next task. What the host has just got it still gives to
@@ -299,39 +310,24 @@ func (h *host) leave() {
 	n := len(h.swarm.origin.blobs)
 	h.out.Leave = append(h.out.Leave, api.Leave{Task: string(h.swarm.origin.blobs[(h.task+n-1)%n])})
 	h.task = (h.task + 1) % n
-	h.asks, h.asked, h.freed, h.idle = 0, nil, 0, nil
+	h.asked, h.idle = nil, nil
 	h.join()
 }
 
 // flush sends what the host has to say.
 func (h *host) flush() error {
-	h.mu.Lock()
-	now := time.Now()
-	up := h.out
-	h.out = api.Up{}
-	for range h.asks {
-		h.asked = append(h.asked, now)
-	}
-	for range h.freed {
-		h.idle = append(h.idle, now)
-	}
-	h.asks, h.freed = 0, 0
-	h.mu.Unlock()
-	if up.Done == nil && up.Soon == nil && up.Join == nil {
-		return nil
-	}
-	return h.conn.Write(context.Background(), up)
+	h.saying = false
+	err := h.write(&h.out)
+	h.out = api.Up{Done: h.out.Done[:0], Soon: h.out.Soon[:0]}
+	return err
 }
 
 // follow acts on what the supernode says.
-func (h *host) follow(down api.Down) error {
+func (h *host) follow(down *api.Down) error {
 	stats := h.swarm.stats.Load()
 	now := time.Now()
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	for _, t := range down.Task {
 		if t.Seq == h.seq {
-			h.num = t.Num
 			stats.joins.add(now.Sub(h.joined))
 		}
 	}
@@ -339,21 +335,23 @@ func (h *host) follow(down api.Down) error {
 		stats.assigned.Add(1)
 		h.assigned = now
 		tr := &transfer{id: a.Transfer, piece: a.First, left: a.Count}
-		h.coming[tr.id] = tr
+		h.coming = append(h.coming, tr)
 		h.onTheWay += tr.left
 		h.run(tr)
 		if len(h.asked) > 0 {
 			stats.answers.add(now.Sub(h.asked[0]))
-			h.asked = h.asked[1:]
+			h.asked = slices.Delete(h.asked, 0, 1)
 		}
 		if len(h.idle) > 0 {
 			stats.idle.add(now.Sub(h.idle[0]))
-			h.idle = h.idle[1:]
+			h.idle = slices.Delete(h.idle, 0, 1)
 		}
 	}
 	for _, id := range down.Cancel {
-		if tr := h.coming[id]; tr != nil {
-			h.end(tr)
+		for _, tr := range slices.Clone(h.coming) {
+			if tr.id == id {
+				h.end(tr)
+			}
 		}
 	}
 	if len(down.Refused) > 0 || len(down.Invalidate) > 0 {
