@@ -5,7 +5,7 @@
 # changes nothing where all of it is there.
 set -eu
 
-packages='ca-certificates curl iproute2 nginx-light containerd docker.io docker-registry skopeo debootstrap'
+packages='ca-certificates curl iproute2 nginx-light containerd docker.io docker-registry podman skopeo debootstrap'
 crane=v0.22.1
 containerd=v2.4.2
 bin="${XDG_CACHE_HOME:-$HOME/.cache}/damselfly/bin"
@@ -44,6 +44,7 @@ if [ -n "$missing" ]; then
 		for package in $missing; do
 			case "$package" in
 			docker.io) systemctl --quiet disable docker.service docker.socket ;;
+			podman) systemctl --quiet disable podman.service podman.socket podman-restart.service podman-auto-update.timer ;;
 			docker-registry | containerd | nginx) systemctl --quiet disable "$package.service" ;;
 			esac
 		done
