@@ -42,6 +42,9 @@ type Config struct {
 	// trips, fewer suit small hosts.
 	UpLanes, DownLanes int
 
+	// Proxy is the forward proxy for the host's programs.
+	Proxy ProxyConfig
+
 	// Registries are those that engines pull from.
 	Registries registryproxy.Config
 }
@@ -57,6 +60,7 @@ func Default() Config {
 		Quota:         20 << 30,
 		UpLanes:       3,
 		DownLanes:     3,
+		Proxy:         ProxyConfig{Rules: registryproxy.DefaultRules(), Ports: []int{80, 443}},
 		Registries:    registryproxy.Config{Default: "docker.io"},
 	}
 }
@@ -93,6 +97,9 @@ func (c Config) Validate() error {
 		return fmt.Errorf("up-lanes %d, down-lanes %d: want 1 to %d", c.UpLanes, c.DownLanes, api.MaxLanes)
 	case len(c.Zone) > 64 || len(c.Rack) > 64:
 		return errors.New("zone and rack: want at most 64 bytes")
+	}
+	if err := c.Proxy.validate(); err != nil {
+		return err
 	}
 	return c.Registries.Validate()
 }

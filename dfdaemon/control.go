@@ -95,16 +95,25 @@ func (c *control) content(g *gin.Context) {
 	}
 	w := newReply(g)
 	defer w.extend(0)
-	err = delivery{peer: c.d.peer, request: request, header: http.Header{"Content-Type": {octets}}}.serve(g.Request.Context(), w)
+	if err := c.m.url(w, g.Request, request, nil); err != nil {
+		refuse(g, http.StatusBadGateway, api.CodeUnavailable, err.Error())
+	}
+}
+
+// url answers with what a URL names. An error is one of which nothing has been
+// answered.
+func (m *mirror) url(w *reply, r *http.Request, request dfget.Request, asked http.Header) error {
+	err := delivery{peer: m.peer, request: request, asked: asked, header: http.Header{"Content-Type": {octets}}}.serve(r.Context(), w)
 	no, refused := errors.AsType[*dfget.RefusedError](err)
 	switch {
 	case err == nil:
-	case g.Request.Context().Err() != nil || w.started():
+	case r.Context().Err() != nil || w.started():
 		panic(http.ErrAbortHandler) // a part must not be taken for the whole
 	case refused: // without api.ErrorHeader: these are the origin's words
 		(&registryproxy.Refusal{Status: no.Status, Header: no.Header, Body: no.Body}).Relay(w)
 	default:
-		c.d.log.Warn("neither the region nor the origin answers", zap.Error(err))
-		refuse(g, http.StatusBadGateway, api.CodeUnavailable, err.Error())
+		m.log.Warn("neither the region nor the origin answers", zap.Error(err))
+		return err
 	}
+	return nil
 }

@@ -104,6 +104,11 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 		return err
 	}
 	s.Handler = m.handler()
+	if cfg.Proxy.Listen != "" {
+		if err = d.openProxy(cfg.Proxy, m, reg); err != nil {
+			return err
+		}
+	}
 	if cfg.MetricsListen != "" {
 		if s, err = d.listen(cfg.MetricsListen, metricsListen); err != nil {
 			return err
@@ -118,6 +123,36 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 		d.add(ln).Handler = (&control{d, m}).handler()
 	}
 	return nil
+}
+
+// openProxy makes the forward proxy, with a listener of its own and one for the
+// connections that it opens.
+func (d *Daemon) openProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) error {
+	p, err := newProxy(cfg, m, reg)
+	if err != nil {
+		return err
+	}
+	s, err := d.listen(cfg.Listen, proxyListen)
+	if err != nil {
+		return err
+	}
+	s.Handler = p.handler()
+	s.RegisterOnShutdown(p.tunnels.close)
+	inner := d.add(p.opened)
+	inner.Handler = p.inside()
+	inner.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		opened, _ := c.(*openedConn)
+		return context.WithValue(ctx, authorityKey{}, opened.authority)
+	}
+	return nil
+}
+
+// ProxyAddr returns host:port of the forward proxy, "" for none.
+func (d *Daemon) ProxyAddr() string {
+	if a := d.addr[proxyListen]; a != nil {
+		return a.String()
+	}
+	return ""
 }
 
 // openPeer makes the peer, and its listener if it is to have one.

@@ -47,9 +47,15 @@ func (m *mirror) handler() http.Handler {
 
 // serve answers one request of an engine.
 func (m *mirror) serve(c *gin.Context) {
-	w, r := newReply(c), c.Request
-	defer w.extend(0)
+	r := c.Request
 	route, err := registryproxy.ParseRoute(r.Method, c.Param("path"), r.URL.Query().Get("ns"), m.def)
+	w := newReply(c)
+	defer w.extend(0)
+	m.handle(w, r, route, err)
+}
+
+// handle answers a request by its route, or by what is wrong with that.
+func (m *mirror) handle(w *reply, r *http.Request, route registryproxy.Route, err error) {
 	kind := unknownKind
 	if err == nil {
 		kind = route.Kind.String()

@@ -223,3 +223,29 @@ func (t TLS) config() (*tls.Config, error) {
 	}
 	return cfg, nil
 }
+
+// TransportTo returns what reaches a URL's host, with the authorities that are
+// configured for the registry there; it shows no certificate.
+func (c *Client) TransportTo(u *url.URL) http.RoundTripper {
+	for _, up := range c.named {
+		e := up.endpoints[len(up.endpoints)-1]
+		if u.Scheme == e.base.Scheme && strings.EqualFold(u.Host, e.base.Host) {
+			return e.others
+		}
+	}
+	return c.transport
+}
+
+// Reaches tells whether the registry that u names is asked as safely as by u
+// itself: over plain HTTP only where both say so.
+func (c *Client) Reaches(u *url.URL) bool {
+	name, ok := canonicalRegistry(u.Host)
+	if !ok {
+		return false
+	}
+	up := c.named[name]
+	if up == nil {
+		return u.Scheme == "https"
+	}
+	return up.endpoints[len(up.endpoints)-1].base.Scheme == "https" || u.Scheme == "http"
+}

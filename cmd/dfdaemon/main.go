@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"os"
 
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
@@ -29,7 +30,7 @@ itself whenever those cannot give it. It needs no supernode to start.`,
 			}
 			return d.Run(ctx)
 		},
-		Commands: []cli.Command{setupCommand(), unsetCommand(), checkCommand()},
+		Commands: []cli.Command{setupCommand(), unsetCommand(), checkCommand(), caCommand(os.Stdout)},
 	}.Main()
 }
 
@@ -50,5 +51,13 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Rack, "rack", c.Rack, "where in the zone the host is")
 	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to other hosts at once; keep it equal to --down-lanes")
 	fs.IntVar(&c.DownLanes, "down-lanes", c.DownLanes, "transfers from other hosts at once")
+	fs.StringVar(&c.Proxy.Listen, "proxy-listen", c.Proxy.Listen, "`host:port` of a forward proxy for HTTP_PROXY and HTTPS_PROXY; empty: none")
+	fs.Var(cli.List("proxy-rules", &c.Proxy.Rules), "proxy-rules", "what the proxy does with which URL, as a list in YAML: see docs/operating.md")
+	fs.IntSliceVar(&c.Proxy.Ports, "proxy-ports", c.Proxy.Ports, "ports that may be asked for through the proxy")
+	fs.StringSliceVar((*[]string)(&c.Proxy.Intercept), "proxy-intercept", c.Proxy.Intercept,
+		"`host`s whose HTTPS the proxy opens, exact or *.corp; they need --proxy-ca")
+	fs.StringVar(&c.Proxy.CA, "proxy-ca", c.Proxy.CA, "`file` of the authority's certificate that dfdaemon ca made")
+	fs.StringVar(&c.Proxy.CAKey, "proxy-ca-key", c.Proxy.CAKey, "`file` of its key")
+	fs.StringVar(&c.Proxy.Users, "proxy-users", c.Proxy.Users, "`file` of who may use the proxy, as htpasswd -B writes it; empty: who reaches it")
 	upstream.Flags(fs, &c.Registries)
 }

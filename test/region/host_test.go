@@ -41,6 +41,7 @@ const (
 type node struct {
 	metrics *prometheus.Registry
 	address string // that clients use
+	proxy   string // of a host: its forward proxy
 	end     func() // ends it and waits; at the latest with the test
 }
 
@@ -114,7 +115,7 @@ func startHost(t *testing.T, o *origin, centre *node, f *fault) *node {
 	return startHostFor(t, registries(o), centre, f)
 }
 
-func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *fault) *node {
+func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *fault, changes ...func(*dfdaemon.Config)) *node {
 	t.Helper()
 	dir := t.TempDir()
 	cfg := dfdaemon.Default()
@@ -125,6 +126,9 @@ func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *faul
 	}
 	cfg.MirrorListen, cfg.PeerListen, cfg.MetricsListen = loopback, loopback, ""
 	cfg.Registries = from
+	for _, change := range changes {
+		change(&cfg)
+	}
 	if centre != nil {
 		cfg.Supernodes = []string{centre.url()}
 	}
@@ -139,7 +143,7 @@ func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *faul
 	if f != nil {
 		f.target.Store(&url.URL{Scheme: "http", Host: d.PeerAddr()})
 	}
-	n.address = d.MirrorAddr()
+	n.address, n.proxy = d.MirrorAddr(), d.ProxyAddr()
 	n.run(t, d.Run)
 	if centre != nil && centre.metrics != nil {
 		require.Eventually(t, func() bool { return n.value(t, "damselfly_session_up", "") == 1 }, waitLimit, waitTick)

@@ -1,0 +1,369 @@
+package dfdaemon
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"damselfly.dev/dfget"
+	"damselfly.dev/registryproxy"
+)
+
+const (
+	tunnelDial = 10 * time.Second
+	// viaName is what this proxy adds to requests, by which it knows its own.
+	viaName = "damselfly"
+)
+
+// ProxyConfig is what the forward proxy may be told.
+type ProxyConfig struct {
+	// Listen is host:port, "" for no proxy. Beyond loopback it needs Users.
+	Listen string
+	// Rules say what becomes of a request, in their order.
+	Rules []registryproxy.Rule
+	// Ports are those that may be asked for, of any host.
+	Ports []int
+	// Intercept are the hosts whose HTTPS is opened, with certificates of the
+	// authority in CA and CAKey, which clients must trust. All other is passed
+	// on as it is.
+	Intercept registryproxy.Hosts
+	CA, CAKey string
+	// Users is a file of those who may use the proxy, as htpasswd -B writes it,
+	// "" for all who reach it.
+	Users string
+}
+
+// proxyListen is the setting of the proxy's address.
+const proxyListen = "proxy-listen"
+
+func (c ProxyConfig) validate() error {
+	if c.Listen == "" {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(c.Listen)
+	if err != nil {
+		return fmt.Errorf("%s %q: want host:port", proxyListen, c.Listen)
+	}
+	addr, err := netip.ParseAddr(host)
+	if loopback := host == "localhost" || err == nil && addr.IsLoopback(); !loopback && c.Users == "" {
+		return fmt.Errorf("%s %q: a proxy that others reach needs proxy-users, or anyone could use it: or listen on 127.0.0.1", proxyListen, c.Listen)
+	}
+	if _, err := registryproxy.NewRules(c.Rules); err != nil {
+		return fmt.Errorf("proxy-rules%w", err)
+	}
+	if err := c.Intercept.Validate(); err != nil {
+		return fmt.Errorf("proxy-intercept: %w", err)
+	}
+	switch {
+	case len(c.Intercept) > 0 && (c.CA == "" || c.CAKey == ""):
+		return errors.New("proxy-intercept needs proxy-ca and proxy-ca-key: make them with dfdaemon ca")
+	case (c.CA == "") != (c.CAKey == ""):
+		return errors.New("proxy-ca and proxy-ca-key: name both files, or neither")
+	}
+	for _, p := range c.Ports {
+		if p < 1 || p > 65535 {
+			return fmt.Errorf("proxy-ports %d: want 1 to 65535", p)
+		}
+	}
+	return nil
+}
+
+// proxy is the forward proxy of the host's programs.
+type proxy struct {
+	mirror    *mirror
+	rules     registryproxy.Rules
+	ports     []int
+	intercept registryproxy.Hosts
+	authority *registryproxy.Authority // nil without intercept
+	users     *registryproxy.Users     // nil for all
+	opened    *opened
+	forward   *httputil.ReverseProxy
+	requests  *prometheus.CounterVec
+	log       *zap.Logger
+	tunnels   tunnels
+}
+
+// What became of a request, beside the actions of rules.
+const (
+	proxyTunnel = "tunnel"
+	proxyOpened = "intercept"
+)
+
+func newProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) (p *proxy, err error) {
+	p = &proxy{
+		mirror: m, ports: cfg.Ports, intercept: cfg.Intercept, log: m.log,
+		opened: newOpened(), tunnels: tunnels{conns: map[net.Conn]struct{}{}},
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "damselfly_proxy_requests_total",
+			Help: "Requests to the forward proxy, by what became of them.",
+		}, []string{"action"}),
+	}
+	for _, a := range []registryproxy.Action{
+		registryproxy.ActionSwarm, registryproxy.ActionDirect, registryproxy.ActionRedirect, registryproxy.ActionRefuse, proxyTunnel, proxyOpened,
+	} {
+		p.requests.WithLabelValues(string(a))
+	}
+	if p.rules, err = registryproxy.NewRules(cfg.Rules); err != nil {
+		return nil, err
+	}
+	if cfg.CA != "" {
+		if p.authority, err = registryproxy.LoadAuthority(cfg.CA, cfg.CAKey); err != nil {
+			return nil, fmt.Errorf("proxy-ca: %w", err)
+		}
+	}
+	if cfg.Users != "" {
+		if p.users, err = registryproxy.LoadUsers(cfg.Users); err != nil {
+			return nil, fmt.Errorf("proxy-users: %w", err)
+		}
+	}
+	errorLog, err := zap.NewStdLogAt(m.log, zap.DebugLevel)
+	if err != nil {
+		return nil, err
+	}
+	p.forward = &httputil.ReverseProxy{
+		Rewrite: p.rewrite, Transport: p, FlushInterval: -1, ErrorLog: errorLog,
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+			http.Error(w, "damselfly: "+reason(err), http.StatusBadGateway)
+		},
+	}
+	return p, reg.Register(p.requests)
+}
+
+// reason is an error without the URL, whose query may be a secret.
+func reason(err error) string {
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err
+	}
+	return err.Error()
+}
+
+// RoundTrip implements http.RoundTripper, for forward.
+func (p *proxy) RoundTrip(r *http.Request) (*http.Response, error) {
+	return p.mirror.registry.TransportTo(r.URL).RoundTrip(r)
+}
+
+// handler answers what comes to the proxy's address.
+func (p *proxy) handler() http.Handler {
+	e := gin.New()
+	e.NoRoute(func(c *gin.Context) { p.serve(c, "") })
+	return e
+}
+
+// inside answers what comes on opened connections.
+func (p *proxy) inside() http.Handler {
+	e := gin.New()
+	e.NoRoute(func(c *gin.Context) {
+		authority, _ := c.Request.Context().Value(authorityKey{}).(string)
+		p.serve(c, authority)
+	})
+	return e
+}
+
+// refuse answers with an error of the proxy's own.
+func (p *proxy) refuse(w http.ResponseWriter, status int, why string) {
+	p.requests.WithLabelValues(string(registryproxy.ActionRefuse)).Inc()
+	http.Error(w, "damselfly: "+why, status)
+}
+
+// serve answers a request, that came on a connection opened for authority, or
+// to the proxy itself when that is "".
+func (p *proxy) serve(c *gin.Context, authority string) {
+	w, r := newReply(c), c.Request
+	defer w.extend(0)
+	if authority == "" && !p.allowed(r) {
+		w.Header().Set("Proxy-Authenticate", `Basic realm="damselfly"`)
+		p.refuse(w, http.StatusProxyAuthRequired, "this proxy is for its users: give a name and a password")
+		return
+	}
+	if slices.Contains(strings.Fields(strings.Join(r.Header.Values("Via"), " ")), viaName) {
+		p.refuse(w, http.StatusLoopDetected, "the request has been here before: the proxy is told to use itself")
+		return
+	}
+	if r.Method == http.MethodConnect {
+		p.connect(c, w, r)
+		return
+	}
+	u := *r.URL
+	switch {
+	case authority != "":
+		u.Scheme, u.Host = "https", strings.TrimSuffix(authority, ":443")
+		if host := hostOf(r.Host, "https"); host != authority {
+			p.refuse(w, http.StatusMisdirectedRequest, "the request is for another host than the connection")
+			return
+		}
+	case u.Scheme != "http" && u.Scheme != "https" || u.Host == "":
+		p.refuse(w, http.StatusBadRequest, "this is a forward proxy: want a whole URL, as with HTTP_PROXY set")
+		return
+	}
+	u.User, u.Fragment = nil, ""
+	p.route(w, r, &u)
+}
+
+// hostOf is host:port of what a request names.
+func hostOf(host, scheme string) string {
+	port := "80"
+	if scheme == "https" {
+		port = "443"
+	}
+	u := url.URL{Host: host}
+	if u.Port() != "" {
+		port = u.Port()
+	}
+	return net.JoinHostPort(strings.ToLower(u.Hostname()), port)
+}
+
+// allowed tells whether who asks is a user of the proxy.
+func (p *proxy) allowed(r *http.Request) bool {
+	if p.users == nil {
+		return true
+	}
+	basic := http.Request{Header: http.Header{"Authorization": r.Header["Proxy-Authorization"]}}
+	name, password, ok := basic.BasicAuth()
+	return ok && p.users.Allow(name, password)
+}
+
+// mayReach tells whether the port of host:port may be asked for.
+func (p *proxy) mayReach(hostPort string) bool {
+	_, port, err := net.SplitHostPort(hostPort)
+	n, atoi := strconv.Atoi(port)
+	return err == nil && atoi == nil && slices.Contains(p.ports, n)
+}
+
+// route does with a request for u what the rules say.
+func (p *proxy) route(w *reply, r *http.Request, u *url.URL) {
+	action, to := p.rules.Decide(u)
+	if action == registryproxy.ActionSwarm && (r.Method != http.MethodGet && r.Method != http.MethodHead || r.Header.Get("Upgrade") != "") {
+		action = registryproxy.ActionDirect
+	}
+	if action != registryproxy.ActionRedirect && !p.mayReach(hostOf(u.Host, u.Scheme)) {
+		p.refuse(w, http.StatusForbidden, "this port is not one of proxy-ports")
+		return
+	}
+	switch action {
+	case registryproxy.ActionRefuse:
+		p.refuse(w, http.StatusForbidden, "a rule refuses this URL")
+		return
+	case registryproxy.ActionSwarm:
+		if p.swarm(w, r, u) {
+			p.requests.WithLabelValues(string(action)).Inc()
+			return
+		}
+		action = registryproxy.ActionDirect
+	case registryproxy.ActionRedirect:
+		r = r.Clone(r.Context())
+		if to.Host != u.Host {
+			r.Header.Del("Authorization")
+			r.Header.Del("Cookie")
+			r.Host = to.Host
+		}
+	}
+	p.requests.WithLabelValues(string(action)).Inc()
+	p.forward.ServeHTTP(w.gin, r.WithContext(context.WithValue(r.Context(), targetKey{}, to)))
+}
+
+type (
+	targetKey    struct{} // of the URL that a request is sent to
+	authorityKey struct{} // of host:port that an opened connection was to
+)
+
+// rewrite makes the request that is sent on.
+func (p *proxy) rewrite(out *httputil.ProxyRequest) {
+	to, _ := out.In.Context().Value(targetKey{}).(*url.URL)
+	out.Out.URL = to
+	out.Out.Host = out.In.Host
+	out.Out.Header.Add("Via", fmt.Sprintf("%d.%d %s", out.In.ProtoMajor, out.In.ProtoMinor, viaName))
+	if _, ok := out.In.Header["User-Agent"]; !ok {
+		out.Out.Header.Set("User-Agent", "") // or net/http puts its own
+	}
+}
+
+// swarm answers with the region's help; false when this is nothing for it, and
+// nothing has been answered.
+func (p *proxy) swarm(w *reply, r *http.Request, u *url.URL) bool {
+	if path, ok := strings.CutPrefix(u.Path, "/v2/"); ok {
+		route, err := registryproxy.ParseRoute(r.Method, path, u.Host, "")
+		switch {
+		case err != nil || route.Kind != registryproxy.KindBlob && route.Kind != registryproxy.KindManifest:
+			return false // the registry knows best what to say
+		case !p.mirror.registry.Reaches(u):
+			return false
+		}
+		p.mirror.handle(w, r, route, nil)
+		return true
+	}
+	if r.Method != http.MethodGet {
+		return false
+	}
+	header := http.Header{}
+	for _, k := range []string{"Accept", "Authorization", "Cookie", "User-Agent"} {
+		if v := r.Header[k]; len(v) > 0 {
+			header[k] = v
+		}
+	}
+	request, err := dfget.URLRequest(u.String(), "", header)
+	if err != nil {
+		return false
+	}
+	if err := p.mirror.url(w, r, request, r.Header); err != nil {
+		http.Error(w, "damselfly: "+reason(err), http.StatusBadGateway)
+	}
+	return true
+}
+
+// connect answers CONNECT.
+func (p *proxy) connect(c *gin.Context, w *reply, r *http.Request) {
+	authority := hostOf(r.Host, "https")
+	host, _, _ := net.SplitHostPort(authority)
+	if !p.mayReach(authority) {
+		p.refuse(w, http.StatusForbidden, "this port is not one of proxy-ports")
+		return
+	}
+	var to net.Conn
+	if open := p.authority != nil && p.intercept.Has(host); !open {
+		if action, _ := p.rules.Decide(&url.URL{Scheme: "https", Host: strings.TrimSuffix(authority, ":443"), Path: "/"}); action == registryproxy.ActionRefuse {
+			p.refuse(w, http.StatusForbidden, "a rule refuses this host")
+			return
+		}
+		var err error
+		if to, err = (&net.Dialer{Timeout: tunnelDial}).DialContext(r.Context(), "tcp", authority); err != nil {
+			p.refuse(w, http.StatusBadGateway, err.Error())
+			return
+		}
+	}
+	conn, buf, err := c.Writer.Hijack()
+	if err != nil { // it is of HTTP/1, which can
+		p.refuse(w, http.StatusInternalServerError, err.Error())
+		return
+	}
+	_ = conn.SetDeadline(time.Time{})
+	from := &buffered{conn, buf.Reader}
+	if _, err := io.WriteString(conn, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
+		_ = conn.Close()
+		return
+	}
+	if to != nil {
+		p.requests.WithLabelValues(proxyTunnel).Inc()
+		p.tunnels.join(from, to)
+		return
+	}
+	p.requests.WithLabelValues(proxyOpened).Inc()
+	p.opened.add(&openedConn{authority: authority, Conn: tls.Server(from, &tls.Config{
+		MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.authority.Certificate(host) },
+	})})
+}
