@@ -3,6 +3,7 @@ package setup
 import (
 	"bytes"
 	"fmt"
+	"net/url"
 	"path"
 	"path/filepath"
 	"slices"
@@ -108,14 +109,19 @@ func (t *tree) setupHosts(dir, mirror string) error {
 	return t.edit(f, after, edits)
 }
 
-// serverOf returns the server that a hosts.toml names.
+// serverOf returns the server that a hosts.toml names, without credentials.
 func serverOf(b []byte) (string, bool) {
 	doc, _, err := parseTOML(b)
 	if err != nil {
 		return "", false
 	}
-	s, ok := doc["server"].(string)
-	return s, ok && s != ""
+	s, _ := doc["server"].(string)
+	u, err := url.Parse(s)
+	if s == "" || err != nil {
+		return "", false
+	}
+	u.User, u.RawQuery = nil, ""
+	return u.String(), true
 }
 
 // config is one file of containerd's configuration.

@@ -3,13 +3,16 @@ package setup
 import (
 	"bytes"
 	"fmt"
+	"regexp"
 	"strings"
 )
 
-const context = 3 // lines around a change
+// secret is a value that may be one: under a name that says so, or in a URL.
+var secret = regexp.MustCompile(`(?i)([\w."'-]*(?:pass|pwd|auth|token|secret|cred|key|cookie|user)[\w.-]*["']?\s*[:=]\s*)("[^"]*"?|'[^']*'?|\[[^\]]*\]?|[^\s,}]+)|(://)[^/@\s"']+@`)
 
 // diff is what happens to a file, in the unified form: one hunk from the first
-// line that changes to the last.
+// line that changes to the last, without lines around it, which are nobody's
+// business. What may be secret in a line that changes is not shown.
 func diff(f *file) string {
 	a, b := lines(f.was), lines(f.now)
 	head, tail := 0, 0
@@ -19,22 +22,20 @@ func diff(f *file) string {
 	for tail < min(len(a), len(b))-head && bytes.Equal(a[len(a)-1-tail], b[len(b)-1-tail]) {
 		tail++
 	}
-	from, behind := max(0, head-context), max(0, tail-context)
 	var out strings.Builder
 	fmt.Fprintf(&out, "--- %s\n+++ %s\n@@ -%s +%s @@\n", side(f.path, f.there), side(f.path, f.stays),
-		span(from, len(a)-behind), span(from, len(b)-behind))
-	for _, part := range []struct {
-		sign  byte
-		lines [][]byte
-	}{{' ', a[from:head]}, {'-', a[head : len(a)-tail]}, {'+', b[head : len(b)-tail]}, {' ', a[len(a)-tail : len(a)-behind]}} {
-		for _, line := range part.lines {
-			out.WriteByte(part.sign)
-			out.Write(line)
+		span(head, len(a)-tail), span(head, len(b)-tail))
+	part := func(sign byte, lines [][]byte) {
+		for _, line := range lines {
+			out.WriteByte(sign)
+			out.Write(secret.ReplaceAll(line, []byte("$1$3***")))
 			if !bytes.HasSuffix(line, []byte("\n")) {
 				out.WriteString("\n\\ No newline at end of file\n")
 			}
 		}
 	}
+	part('-', a[head:len(a)-tail])
+	part('+', b[head:len(b)-tail])
 	return out.String()
 }
 

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -342,24 +343,50 @@ func FuzzJSON(f *testing.F) {
 	})
 }
 
-// A diff is one that patch takes: its hunk's lines are as many as it says.
+// A diff's hunk has as many lines as it says.
 func TestDiff(t *testing.T) {
-	for _, c := range [][2]string{{"", "a\n"}, {"a\n", ""}, {"a\nb\nc\nd\ne\n", "a\nb\nc\nd\ne\nf"}, {"a", "a\n"}, {"1\n2\n3\n4\n5\n6\n7\n8\n9\n", "1\n2\n3\n4\nx\n6\n7\n8\n9\n"}} {
+	for want, c := range map[string][2]string{
+		"@@ -0,0 +1,1 @@\n+a\n":                                   {"", "a\n"},
+		"@@ -1,1 +0,0 @@\n-a\n":                                   {"a\n", ""},
+		"@@ -2,0 +3,1 @@\n+x\n":                                   {"a\nb\nc\n", "a\nb\nx\nc\n"},
+		"@@ -1,1 +1,1 @@\n-a\n\\ No newline at end of file\n+a\n": {"a", "a\n"},
+		"@@ -2,2 +2,1 @@\n-b\n-c\n+x\n":                           {"a\nb\nc\nd\n", "a\nx\nd\n"},
+	} {
 		text := diff(&file{path: "/f", was: []byte(c[0]), now: []byte(c[1]), there: true, stays: true})
-		require.Contains(t, text, "@@ -")
-		var minus, plus []string
-		for _, line := range strings.Split(text, "\n")[3:] {
-			if line == "" || line[0] == '\\' {
-				continue
-			}
-			if line[0] != '+' {
-				minus = append(minus, line[1:])
-			}
-			if line[0] != '-' {
-				plus = append(plus, line[1:])
-			}
-		}
-		require.Contains(t, c[0], strings.Join(minus, "\n"), text)
-		require.Contains(t, c[1], strings.Join(plus, "\n"), text)
+		require.Equal(t, "--- /f\n+++ /f\n"+want, text)
 	}
+}
+
+// What a diff shows of a host's file holds no secret.
+func TestDiffKeepsSecrets(t *testing.T) {
+	for _, line := range []string{
+		`{"proxies": {"http-proxy": "http://joe:hush@proxy.corp:3128"}, "auths": {"a": {"auth": "hush"}}}`,
+		`password = "hush"`, `password='hush'`, `Authorization = ["Basic hush"]`, `{"identitytoken":"hush"}`, `x-api-key = "hush"`, `token: hush`,
+		`"key": "hush and hush"`,
+	} {
+		text := diff(&file{path: "/f", was: []byte("k = 1\n" + line), now: []byte("k = 1\n" + line + "\nmore"), there: true, stays: true})
+		require.NotContains(t, text, "hush")
+		require.Contains(t, text, "***")
+		require.NotContains(t, text, "k = 1")
+	}
+}
+
+// A file keeps its owner.
+func TestOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	root := lay(t, map[string]string{"/etc/docker/daemon.json": "{}"})
+	require.NoError(t, os.Chown(filepath.Join(root, dockerConfig), 1234, 567))
+	before := picture(t, root)
+	p, err := Setup(Docker, at(root))
+	apply(t, p, err)
+	info, err := os.Stat(filepath.Join(root, dockerConfig))
+	require.NoError(t, err)
+	s, ok := info.Sys().(*syscall.Stat_t)
+	require.True(t, ok)
+	require.Equal(t, []uint32{1234, 567}, []uint32{s.Uid, s.Gid})
+	p, err = Unset(Docker, root)
+	apply(t, p, err)
+	require.Equal(t, before, picture(t, root))
 }
