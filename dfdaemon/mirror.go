@@ -1,7 +1,6 @@
 package dfdaemon
 
 import (
-	"cmp"
 	"errors"
 	"io"
 	"net/http"
@@ -47,10 +46,11 @@ func (m *mirror) handler() http.Handler {
 
 // serve answers one request of an engine.
 func (m *mirror) serve(c *gin.Context) {
-	r := c.Request
-	route, err := registryproxy.ParseRoute(r.Method, c.Param("path"), r.URL.Query().Get("ns"), m.def)
-	w := newReply(c)
+	w, r := newReply(c), c.Request
 	defer w.extend(0)
+	ns := r.URL.Query().Get("ns")
+	w.Header().Set(namespaceHeader, ns)
+	route, err := registryproxy.ParseRoute(r.Method, c.Param("path"), ns, m.def)
 	m.handle(w, r, route, err)
 }
 
@@ -73,8 +73,8 @@ func (m *mirror) handle(w *reply, r *http.Request, route registryproxy.Route, er
 }
 
 func (m *mirror) answer(w *reply, r *http.Request, route registryproxy.Route) error {
-	if ns := cmp.Or(r.URL.Query().Get("ns"), route.Repo.Registry); ns != "" {
-		w.Header().Set(namespaceHeader, ns)
+	if w.Header().Get(namespaceHeader) == "" {
+		w.Header().Set(namespaceHeader, route.Repo.Registry)
 	}
 	switch {
 	case route.Kind == registryproxy.KindPing:

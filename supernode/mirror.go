@@ -23,15 +23,15 @@ const firstByte = 20 * time.Second
 func (n *Supernode) serveV2(w http.ResponseWriter, r *http.Request, path string) {
 	h := w.Header()
 	h.Set("Docker-Distribution-Api-Version", "registry/2.0")
-	route, err := registryproxy.ParseRoute(r.Method, path, r.URL.Query().Get("ns"), n.cfg.Registries.Default)
+	ns := r.URL.Query().Get("ns")
+	h.Set("OCI-Namespace", ns)
+	route, err := registryproxy.ParseRoute(r.Method, path, ns, n.cfg.Registries.Default)
 	if err != nil {
 		n.fail(w, err)
 		return
 	}
 	who := registryproxy.Caller{Authorization: r.Header.Get("Authorization")}
-	if ns := cmp.Or(r.URL.Query().Get("ns"), route.Repo.Registry); ns != "" {
-		h.Set("OCI-Namespace", ns)
-	}
+	h.Set("OCI-Namespace", cmp.Or(ns, route.Repo.Registry))
 	switch route.Kind {
 	case registryproxy.KindPing:
 		h.Set("Content-Type", "application/json")
