@@ -13,7 +13,6 @@ import (
 	"damselfly.dev/dfget"
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
-	"damselfly.dev/supernode/api"
 )
 
 // registryBlob is a blob at its registry, read with one caller's credentials.
@@ -40,11 +39,8 @@ func (m *mirror) blob(w *reply, r *http.Request, route registryproxy.Route) erro
 	who := registryproxy.Caller{Authorization: r.Header.Get("Authorization")}
 	request := dfget.Request{
 		ID:     pieces.TaskID(route.Reference), // the route is checked
-		Origin: api.Origin{Registry: route.Repo.Registry, Repository: route.Repo.Name},
+		Origin: origin(route, who.Authorization),
 		Direct: registryBlob{m.registry, route, who},
-	}
-	if who.Authorization != "" {
-		request.Origin.Header = map[string][]string{"Authorization": {who.Authorization}}
 	}
 	etag := strconv.Quote(route.Reference)
 	d := delivery{

@@ -130,6 +130,9 @@ func (m *mirror) fail(w *reply, r *http.Request, kind string, err error) (result
 // from the registry.
 func (m *mirror) small(w http.ResponseWriter, r *http.Request, route registryproxy.Route) error {
 	a, err := m.region(r, route)
+	if a != nil && r.Method == http.MethodGet && route.Kind == registryproxy.KindManifest {
+		m.ahead(route, r.Header.Get("Authorization"), a.body)
+	}
 	if a == nil && err == nil {
 		if route.Kind != registryproxy.KindManifest && route.Kind != registryproxy.KindBlob {
 			return m.forward(w, r, route)

@@ -5,6 +5,7 @@ package dfget
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -91,7 +92,8 @@ type Peer struct {
 	up      chan struct{}
 	lost    time.Time // when the last session ended
 	tasks   map[pieces.TaskID]*task
-	coming  int // transfers assigned and not ended
+	early   map[[sha256.Size]byte]*early // opened before they are asked for
+	coming  int                          // transfers assigned and not ended
 }
 
 // NewPeer returns a peer that keeps its pieces in store. It does nothing in the
@@ -118,6 +120,7 @@ func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheu
 		slots:     make(chan struct{}, 3*cfg.UpLanes),
 		up:        make(chan struct{}),
 		tasks:     make(map[pieces.TaskID]*task),
+		early:     make(map[[sha256.Size]byte]*early),
 	}, nil
 }
 

@@ -110,6 +110,15 @@ var errDropped = errors.New("the content was dropped while it was read: ask agai
 // be within seconds. The error is a *RefusedError, a *RangeError, ctx's cause,
 // or what the origin failed with. The stream ends with ctx.
 func (p *Peer) Open(ctx context.Context, req Request, off, n int64) (*Stream, error) {
+	if off == 0 && n < 0 {
+		if s := p.claim(ctx, req); s != nil {
+			return s, nil
+		}
+	}
+	return p.open(ctx, req, off, n)
+}
+
+func (p *Peer) open(ctx context.Context, req Request, off, n int64) (*Stream, error) {
 	s := &Stream{p: p, id: req.ID, origin: req.Origin, off: off, answer: make(chan answer, 1)}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.direct = &direct{from: req.Direct}

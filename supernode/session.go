@@ -27,7 +27,8 @@ const (
 	maxJoins     = 256              // joins of a session being answered
 	maxQueued    = 16 << 20         // bytes waiting for a slow reader, roughly
 	maxUsed      = 4                // places in a queue that is used again
-	frameSize    = api.MaxFrame / 2 // where a frame is full; one message is no larger
+	frameSize    = api.MaxFrame / 2 // bounds one message
+	batchSize    = 32 << 10         // where a frame is full: its first message is read when its last has come
 
 	// itemsPerSecond and itemsAtOnce bound what a host may say: a piece of
 	// 256 KiB each at 40 Gbit/s, and all it holds after a reconnect.
@@ -246,7 +247,7 @@ func (s *session) write() {
 		for q := all; len(q) > 0; {
 			var b api.Down
 			size := 0
-			for len(q) > 0 && (size == 0 || size+q[0].size <= frameSize) && (!q[0].first || b.Invalidate == nil) {
+			for len(q) > 0 && (size == 0 || size+q[0].size <= batchSize) && (!q[0].first || b.Invalidate == nil) {
 				if q[0].assign.Transfer != 0 {
 					b.Assign = append(b.Assign, q[0].assign)
 				}
