@@ -87,12 +87,12 @@ func registries(o *origin) registryproxy.Config {
 }
 
 // startSupernode runs a supernode on address, "" for any.
-func startSupernode(t *testing.T, o *origin, dir, address string) *node {
+func startSupernode(t *testing.T, o *origin, dir, address string, edit ...func(*supernode.Config)) *node {
 	t.Helper()
-	return startSupernodeFor(t, registries(o), dir, address)
+	return startSupernodeFor(t, registries(o), dir, address, edit...)
 }
 
-func startSupernodeFor(t *testing.T, from registryproxy.Config, dir, address string) *node {
+func startSupernodeFor(t *testing.T, from registryproxy.Config, dir, address string, edit ...func(*supernode.Config)) *node {
 	t.Helper()
 	if address == "" {
 		address = "127.0.0.1:0"
@@ -101,6 +101,9 @@ func startSupernodeFor(t *testing.T, from registryproxy.Config, dir, address str
 	require.NoError(t, err)
 	cfg := supernode.Default()
 	cfg.DataDir, cfg.Listen, cfg.Registries = dir, ln.Addr().String(), from
+	for _, e := range edit {
+		e(&cfg)
+	}
 	n := &node{metrics: prometheus.NewRegistry(), address: ln.Addr().String()}
 	s, err := supernode.New(cfg, zaptest.NewLogger(t, zaptest.Level(zap.InfoLevel)), n.metrics)
 	require.NoError(t, err)

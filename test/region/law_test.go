@@ -8,7 +8,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
+
+	"damselfly.dev/supernode"
+	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -157,6 +161,7 @@ func TestWithoutASupernode(t *testing.T) {
 type answer struct {
 	status    int
 	challenge string
+	stale     string // Damselfly-Stale
 	body      string
 }
 
@@ -173,7 +178,7 @@ func get(t *testing.T, base, path, authorization string) answer {
 	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(resp.Body)
 	require.NoError(t, err)
-	return answer{resp.StatusCode, resp.Header.Get("Www-Authenticate"), string(b)}
+	return answer{resp.StatusCode, resp.Header.Get("Www-Authenticate"), resp.Header.Get(api.StaleHeader), string(b)}
 }
 
 // What one caller may read, another gets the registry's own refusal of, also
@@ -196,7 +201,7 @@ func TestRefusalsAreRelayed(t *testing.T) {
 		require.Equal(t, http.StatusOK, get(t, first.url(), path, secret).status, path)
 		for _, host := range []*node{first, second, centre} {
 			for _, other := range []string{"", "Basic eDp5"} {
-				want := answer{http.StatusUnauthorized, `Basic realm="reg.test"`, refusal}
+				want := answer{http.StatusUnauthorized, `Basic realm="reg.test"`, "", refusal}
 				require.Equal(t, want, get(t, host.url(), path, other), path)
 			}
 		}
@@ -209,4 +214,39 @@ func TestRefusalsAreRelayed(t *testing.T) {
 	for _, path := range []string{"/v2/org/app/manifests/v2", "/v2/org/none/manifests/v1", "/v2/org/none/" + blob} {
 		require.Equal(t, get(t, o.URL, path, secret), get(t, first.url(), path, secret), path)
 	}
+}
+
+// With the registry stopped, what was pulled before comes to a host that never
+// had it, by tag and by digest, and the answer says that it is as last known.
+func TestTheRegistryIsAway(t *testing.T) {
+	o := newOrigin(t)
+	image := push(t, o)
+	dir := t.TempDir()
+	centre := startSupernode(t, o, dir, "")
+	require.NoError(t, pull(t.Context(), startHost(t, o, centre, nil), image))
+	require.Eventually(t, func() bool { // a digest is noted as right once the last byte is out
+		tasks := get(t, centre.url(), "/v1/tasks", "").body
+		return strings.Count(tasks, `"complete":true`) == 2+layers
+	}, waitLimit, waitTick)
+	centre.end()
+	o.Close()
+
+	// It has to ask again at once, and remembers nothing of who may read what.
+	centre = startSupernode(t, o, dir, centre.address, func(c *supernode.Config) { c.TagFreshness = 0 })
+	host := startHost(t, o, centre, nil)
+	tagged := get(t, host.url(), "/v2/org/app/manifests/v1", "")
+	require.Equal(t, http.StatusOK, tagged.status, tagged.body)
+	require.NotEmpty(t, tagged.stale)
+	require.NotEqual(t, "0", tagged.stale)
+	sum := digest.FromString(tagged.body)
+	again := get(t, host.url(), "/v2/org/app/manifests/"+sum.String(), "")
+	require.Equal(t, http.StatusOK, again.status, again.body)
+	require.Equal(t, tagged.body, again.body)
+	require.Equal(t, "0", again.stale)
+	require.InDelta(t, 2, centre.value(t, "damselfly_stale_answers_total", ""), 0)
+
+	require.NoError(t, pull(t.Context(), host, image))
+	require.NoError(t, pull(t.Context(), startHost(t, o, centre, nil), "org/app@"+sum.String()))
+	require.Zero(t, host.value(t, "damselfly_fallbacks_total", ""))
+	require.Equal(t, http.StatusBadGateway, get(t, host.url(), "/v2/org/app/manifests/other", "").status, "nobody knows this one")
 }
