@@ -58,17 +58,10 @@ func (c *Client) Manifest(ctx context.Context, head bool, repo Repository, refer
 	if err := a.want(http.StatusOK); err != nil {
 		return nil, err
 	}
-	named := digest.Digest(a.header.Get("Docker-Content-Digest"))
-	if named.Validate() != nil {
-		named = ""
+	m, err := newManifest(reference, a.header, a.length)
+	if err != nil {
+		return nil, a.body.failed(err)
 	}
-	if d := digest.Digest(reference); d.Validate() == nil {
-		if named != "" && named != d && named.Algorithm() == d.Algorithm() {
-			return nil, a.body.failed(fmt.Errorf("asked for manifest %s, it answers with %s", d, named))
-		}
-		named = d
-	}
-	m := &Manifest{MediaType: mediaType(a.header), Digest: named, Size: a.length}
 	if head {
 		return m, nil
 	}
@@ -77,6 +70,21 @@ func (c *Client) Manifest(ctx context.Context, head bool, repo Repository, refer
 		return nil, err
 	}
 	return m, nil
+}
+
+// newManifest reads the header of an answer to who asked for reference.
+func newManifest(reference string, h http.Header, length int64) (*Manifest, error) {
+	named := digest.Digest(h.Get("Docker-Content-Digest"))
+	if named.Validate() != nil {
+		named = ""
+	}
+	if d := digest.Digest(reference); d.Validate() == nil {
+		if named != "" && named != d && named.Algorithm() == d.Algorithm() {
+			return nil, fmt.Errorf("asked for manifest %s, it answers with %s", d, named)
+		}
+		named = d
+	}
+	return &Manifest{MediaType: mediaType(h), Digest: named, Size: length}, nil
 }
 
 // read fills m from a body and checks it.
