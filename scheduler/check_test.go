@@ -184,6 +184,9 @@ func checkZone(t *task, z *zone) error {
 }
 
 func checkTransfer(s *Scheduler, tr *transfer) error {
+	if s.lags(tr, 1) && s.now-tr.since <= s.young() {
+		return fmt.Errorf("lags at %v and is young up to %v", s.now-tr.since, s.young())
+	}
 	c, p := tr.child, tr.parent
 	switch {
 	case s.find(tr.id) != tr:

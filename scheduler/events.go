@@ -267,9 +267,10 @@ func (s *Scheduler) Tick(now time.Time) {
 		}
 		return !h.resting
 	})
+	young := s.young()
 	for _, tr := range s.transfers {
 		switch {
-		case tr.child == nil:
+		case s.now-tr.since <= young || tr.child == nil: // which looks at nothing but tr
 		case tr.late && s.lags(tr, hopeless):
 			s.giveUp(tr)
 		case !tr.reopened && s.lags(tr, 1):

@@ -113,6 +113,18 @@ func (s *Scheduler) lags(tr *transfer, times int) bool {
 	return s.now-tr.since > time.Duration(times)*limit
 }
 
+// young returns an age up to which no transfer lags, whichever it is.
+func (s *Scheduler) young() time.Duration {
+	least := int64(0)
+	for _, t := range s.order {
+		if least == 0 || t.layout.PieceSize < least {
+			least = t.layout.PieceSize
+		}
+	}
+	expected := s.typical.of(least) // lags expects no less
+	return min(firstPatience, max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected))
+}
+
 // lagging takes from tr, which lags, what others can use better. When the parent
 // sent to others meanwhile and the child got nothing from anybody, it is the
 // child's fault, and a second parent would not help.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"maps"
 	"math/rand/v2"
+	"runtime"
 	"time"
 
 	"go.uber.org/zap"
@@ -148,6 +149,7 @@ func (r *region) run(ctx context.Context) {
 			}
 			return
 		case e := <-r.events:
+			runtime.Gosched() // for what others are about to say
 			r.act(e)
 			for range len(r.events) { // what has come meanwhile is decided on together
 				r.act(<-r.events)

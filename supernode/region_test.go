@@ -267,6 +267,32 @@ func TestSessionsThatDoNotKeepToTheProtocolEnd(t *testing.T) {
 	require.Equal(t, http.StatusServiceUnavailable, r.get(http.MethodGet, api.SessionPath).status)
 }
 
+func TestQuietHostIsTalkedToAndASilentOneGivenUp(t *testing.T) {
+	r := start(t, newHub(t), t.TempDir(), nil)
+	conn, err := api.Dial(t.Context(), http.DefaultClient, r.url)
+	require.NoError(t, err)
+	defer conn.CloseNow()
+	require.NoError(t, conn.Write(t.Context(), api.Up{Hello: &api.Hello{Version: api.Version, Host: "silent"}}))
+	down, err := conn.Read(t.Context())
+	require.NoError(t, err)
+	require.NotNil(t, down.Welcome)
+	pass := func(d time.Duration) {
+		for range d / api.TickEvery {
+			require.True(t, r.region.ask(t.Context(), r.region.keepAlive))
+		}
+	}
+	pass(api.BeatEvery + api.TickEvery)
+	down, err = conn.Read(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, api.Down{}, down)
+	require.NotNil(t, r.session("silent"))
+	pass(api.SilenceLimit)
+	for err == nil {
+		_, err = conn.Read(t.Context())
+	}
+	require.Eventually(t, func() bool { return r.metric("damselfly_hosts") == 0 }, wait, poll)
+}
+
 func TestReaderThatFallsBehindLosesItsSession(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	s := &session{end: cancel, writing: true} // for ever

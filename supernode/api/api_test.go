@@ -193,9 +193,10 @@ func TestSessionThatBreaksWithinAFrame(t *testing.T) {
 }
 
 func TestOnlyAHostOpensASession(t *testing.T) {
+	refused := make(chan error, 1)
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, err := Accept(w, r)
-		require.Error(t, err)
+		refused <- err
 	}))
 	defer srv.Close()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, http.NoBody)
@@ -204,8 +205,9 @@ func TestOnlyAHostOpensASession(t *testing.T) {
 	req.Header.Set("Upgrade", "websocket")
 	resp, err := srv.Client().Do(req)
 	require.NoError(t, err)
-	defer resp.Body.Close()
+	require.NoError(t, resp.Body.Close())
 	require.Equal(t, http.StatusUpgradeRequired, resp.StatusCode)
+	require.Error(t, <-refused)
 
 	srv.Config.Handler = http.NotFoundHandler()
 	_, err = Dial(t.Context(), srv.Client(), srv.URL)

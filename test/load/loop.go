@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"damselfly.dev/supernode/api"
 )
@@ -145,10 +146,23 @@ func (h *host) says() {
 	}
 }
 
+// try reads from or writes to a socket that makes nobody wait, so the Go
+// scheduler need not hear of it: telling it takes a tenth of this process's time.
+func try(call uintptr, fd int, b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	n, _, err := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b))) //nolint:gosec // as package syscall does
+	if err != 0 {
+		return 0, err
+	}
+	return int(n), nil
+}
+
 // read follows the frames that have come.
 func (h *host) read() error {
 	l := h.loop
-	n, err := syscall.Read(h.fd, l.in)
+	n, err := try(syscall.SYS_READ, h.fd, l.in)
 	switch {
 	case errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EINTR):
 		return nil
@@ -202,11 +216,11 @@ func (h *host) push(b []byte) error {
 		h.unsent = append(h.unsent, b...)
 		b = h.unsent
 	}
-	n, err := syscall.Write(h.fd, b)
+	n, err := try(syscall.SYS_WRITE, h.fd, b)
 	if err != nil && !errors.Is(err, syscall.EAGAIN) && !errors.Is(err, syscall.EINTR) {
 		return err
 	}
-	rest := b[max(n, 0):]
+	rest := b[n:]
 	if waits := len(rest) > 0; waits != waited {
 		e := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: h.number}
 		if waits {
