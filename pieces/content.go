@@ -99,6 +99,12 @@ func (c *Content) release() {
 	defer s.mu.Unlock()
 	t.pins--
 	t.lastUse = time.Now()
+	if t.pins == 0 {
+		for _, f := range t.spare {
+			_ = f.Close()
+		}
+		t.spare = nil
+	}
 	if t.pins > 0 || t.ended() != nil {
 		return
 	}

@@ -30,9 +30,12 @@ func (c *Content) CopyRange(w io.Writer, off, n int64) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("copy from %s: %w", c.id, err)
 	}
-	defer func() { _ = f.Close() }()
+	defer c.putBack(f)
 	return c.copyN(w, f, n)
 }
+
+// maxSpare is how many open files a task keeps beside those in use.
+const maxSpare = 4
 
 // smallCopy is how many bytes cost less to copy than to open the file for.
 const smallCopy = 64 << 10
@@ -73,10 +76,17 @@ func (c *Content) copyN(w io.Writer, f *os.File, n int64) (int64, error) {
 	return done, nil
 }
 
-// openAt opens the content for the caller alone, standing at off.
+// openAt returns the content for the caller alone, standing at off, until putBack.
 func (c *Content) openAt(off int64) (*os.File, error) {
-	f, err := c.open(contentName, os.O_RDONLY)
+	f := c.takeSpare()
+	err := c.ended()
+	if f == nil && err == nil {
+		f, err = c.open(contentName, os.O_RDONLY)
+	}
 	if err != nil {
+		if f != nil {
+			_ = f.Close()
+		}
 		return nil, err
 	}
 	if _, err := f.Seek(off, io.SeekStart); err != nil {
@@ -84,6 +94,33 @@ func (c *Content) openAt(off int64) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// takeSpare returns a file that was put back, nil when there is none.
+func (c *Content) takeSpare() *os.File {
+	c.store.mu.Lock()
+	defer c.store.mu.Unlock()
+	n := len(c.spare)
+	if n == 0 {
+		return nil
+	}
+	f := c.spare[n-1]
+	c.spare = c.spare[:n-1]
+	return f
+}
+
+// putBack keeps a file of openAt for the next one, while the task is pinned: to
+// open it again costs as much as to send a good part of a piece.
+func (c *Content) putBack(f *os.File) {
+	c.store.mu.Lock()
+	keep := c.pins > 0 && len(c.spare) < maxSpare
+	if keep {
+		c.spare = append(c.spare, f)
+	}
+	c.store.mu.Unlock()
+	if !keep {
+		_ = f.Close()
+	}
 }
 
 func (c *Content) checkRange(off, n int64) error {
@@ -166,7 +203,7 @@ func (r *Reader) WriteTo(w io.Writer) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read %s: %w", r.c.id, err)
 	}
-	defer func() { _ = f.Close() }()
+	defer r.c.putBack(f)
 	var total int64
 	for r.off < r.end {
 		n, err := r.wait()

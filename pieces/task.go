@@ -21,9 +21,10 @@ type task struct {
 
 	// Guarded by store.mu.
 	pins    int
-	made    bool      // its directory exists; that of a single piece is made with the piece in it
-	lastUse time.Time // in memory
-	stamped time.Time // on disk
+	made    bool       // its directory exists; that of a single piece is made with the piece in it
+	lastUse time.Time  // in memory
+	stamped time.Time  // on disk
+	spare   []*os.File // the content, open, for the next copy; none while it is not pinned
 
 	// disk is held while the directory is made, the record or the metadata is
 	// written, and a piece in doubt is verified. It is taken before the other two
