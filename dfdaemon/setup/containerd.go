@@ -23,9 +23,14 @@ const (
 // setupContainerd gives each registry, or with none all of them, a hosts.toml,
 // and sees to it that containerd reads them.
 func (t *tree) setupContainerd(c Config) error {
-	roots, err := t.configPath()
+	roots, version, err := t.configPath()
 	if err != nil {
 		return err
+	}
+	if version < 3 { // that of containerd 2 alone, which reads any
+		if c, err = t.named(c); err != nil {
+			return err
+		}
 	}
 	if len(roots) > 1 {
 		t.note("containerd 2.1 and later read no list of directories (config_path = %q) unless use_local_image_pull is set: name one", strings.Join(roots, ":"))
@@ -149,20 +154,21 @@ func (c config) registry(key string) any {
 }
 
 // configPath returns the directories in which containerd looks for hosts.toml,
-// and sets one where none is set.
-func (t *tree) configPath() ([]string, error) {
+// and sets one where none is set; version is that of its configuration.
+func (t *tree) configPath() (roots []string, version int64, err error) {
 	files, err := t.containerdFiles()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
+	version, _ = files[0].doc["version"].(int64)
 	target, set := files[0], ""
 	for _, c := range files {
 		if err := c.conflict(); err != nil {
-			return nil, fmt.Errorf("%s: %w", c.path, err)
+			return nil, 0, fmt.Errorf("%s: %w", c.path, err)
 		}
 		if c.disabled() {
 			t.note("%s turns CRI off: Kubernetes cannot pull with this containerd; nerdctl reads %s by itself, ctr with --hosts-dir", c.path, containerdCerts)
-			return []string{containerdCerts}, nil
+			return []string{containerdCerts}, version, nil
 		}
 		if lookup(c.doc, c.cri()...) != nil { // containerd 1 takes the last such table whole
 			target = c
@@ -173,19 +179,19 @@ func (t *tree) configPath() ([]string, error) {
 	}
 	if s, _ := target.registry("config_path").(string); s == "" {
 		if err := t.setConfigPath(target, set); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 	}
 	if set == "" {
 		set = containerdCerts
 	}
-	roots := slices.DeleteFunc(filepath.SplitList(set), func(s string) bool { return s == "" })
+	roots = slices.DeleteFunc(filepath.SplitList(set), func(s string) bool { return s == "" })
 	for _, root := range roots {
 		if !path.IsAbs(root) {
-			return nil, fmt.Errorf("config_path %q in %s is not absolute: make it so", set, target.path)
+			return nil, 0, fmt.Errorf("config_path %q in %s is not absolute: make it so", set, target.path)
 		}
 	}
-	return roots, nil
+	return roots, version, nil
 }
 
 func (t *tree) setConfigPath(c config, dir string) error {

@@ -40,7 +40,11 @@ func (t *tree) setupDocker(c Config) error {
 		if dir == "" {
 			dir = r.Name // the one name that all of dockerd reads
 		}
-		if err := t.setupHosts(path.Join(dockerCerts, dir), c.url()); err != nil {
+		named, err := t.named(c)
+		if err != nil {
+			return err
+		}
+		if err := t.setupHosts(path.Join(dockerCerts, dir), named.url()); err != nil {
 			return err
 		}
 		t.note("docker pulls %s through dfdaemon where containerd holds its images (docker info says driver-type: io.containerd.snapshotter.v1); else it knows mirrors for docker.io alone", r.Name)

@@ -212,7 +212,6 @@ func TestWrongSettings(t *testing.T) {
 		{Docker, "a b:1", "want host:port"},
 		{Docker, "0.0.0.0:65001", "such as 127.0.0.1:65001"},
 		{Docker, "[::]:65001", "such as 127.0.0.1:65001"},
-		{Podman, "[fd00::1]:65001", "give it a name"},
 	} {
 		_, err := Setup(c.engine, Config{Root: t.TempDir(), Mirror: c.mirror})
 		require.ErrorContains(t, err, c.says)

@@ -45,6 +45,10 @@ func (r registryEntry) prefix() string {
 // setupRegistries gives each registry a mirror: in an entry that is there, for a
 // second one in another file would replace it whole, else in a file of our own.
 func (t *tree) setupRegistries(c Config) error {
+	c, err := t.named(c)
+	if err != nil {
+		return err
+	}
 	asked := slices.Clone(c.Registries)
 	for _, r := range commonRegistries {
 		if c.common && !slices.Contains(asked, r) {
@@ -124,7 +128,7 @@ func mirrorPath(c Config, r Registry, location string) (string, error) {
 		return "", fmt.Errorf("%s: podman and CRI-O name the registry in the mirror's path, where no port can be: give dfdaemon a name for it without one (--registry NAME=http://%s) and run this with --registry %s=NAME",
 			location, host, r.Name)
 	}
-	return c.pathMirror() + "/" + location, nil
+	return c.Mirror + "/" + location, nil
 }
 
 // registryEntries returns the entry that counts for each prefix: the first of a

@@ -43,8 +43,6 @@ func (e Engine) family() string {
 	return string(e)
 }
 
-func (e Engine) byPath() bool { return e == CRIO || e == Podman }
-
 // Registry is one that an engine is to pull through dfdaemon.
 type Registry struct {
 	Name string `json:"name"` // as engines name it: docker.io, registry.corp:5000
@@ -83,15 +81,6 @@ type Config struct {
 
 func (c Config) url() string { return "http://" + c.Mirror }
 
-// pathMirror is the mirror as podman and CRI-O write it. They know no IPv6
-// address, so that the loopback one is a name.
-func (c Config) pathMirror() string {
-	if host, port, err := net.SplitHostPort(c.Mirror); err == nil && host == "::1" {
-		return "localhost:" + port
-	}
-	return c.Mirror
-}
-
 // Validate tells what is wrong with c for an engine.
 func (c Config) Validate(e Engine) error {
 	if !slices.Contains(Engines, e) {
@@ -105,8 +94,6 @@ func (c Config) Validate(e Engine) error {
 		return fmt.Errorf("mirror %.100q: want host:port, such as 127.0.0.1:65001 or [::1]:65001", c.Mirror)
 	case addrErr == nil && (addr.IsUnspecified() || addr.Zone() != ""):
 		return fmt.Errorf("mirror %q: want an address that engines can ask, such as 127.0.0.1:%s", c.Mirror, port)
-	case e.byPath() && addrErr == nil && addr.Is6() && addr != netip.IPv6Loopback():
-		return fmt.Errorf("mirror %q: podman and CRI-O refuse each pull with an IPv6 address as a mirror: give it a name", c.Mirror)
 	}
 	return nil
 }

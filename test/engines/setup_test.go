@@ -4,6 +4,7 @@ package engines
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -29,12 +30,17 @@ import (
 	"damselfly.dev/test/programs"
 )
 
-const podman = "/usr/bin/podman"
+const (
+	podman    = "/usr/bin/podman"
+	loopback6 = "[::1]:16501"
+	ip6Hosts  = "127.0.0.1 localhost\n::1 localhost ip6-localhost\n"
+)
 
 // A setUp is an engine on a host whose own files dfdaemon setup has written.
 type setUp struct {
 	engine   string   // as dfdaemon setup calls it
 	registry []string // the flags
+	mirror   string   // where dfdaemon's mirror listens, "" for the usual address
 	needs    []string // programs
 	// files are the host's before setup, below its root. REGISTRY and DIR in them
 	// are the registry's address and a directory of the engine's own.
@@ -99,11 +105,11 @@ func setUps(cache string) map[string]setUp {
 			files: map[string]string{"/etc/containerd/config.toml": containerd2Config, hosts: hostsToml},
 		},
 		"containerd-1.6-all": {
-			engine: "containerd", needs: []string{debian.Daemon}, pull: pullCRI,
-			files: map[string]string{"/etc/containerd/config.toml": criConfig},
+			engine: "containerd", needs: []string{debian.Daemon}, pull: pullCRI, mirror: loopback6,
+			files: map[string]string{"/etc/containerd/config.toml": criConfig, "/etc/hosts": ip6Hosts},
 		},
 		"dockerd": {
-			engine: "docker", needs: []string{dockerd}, pull: pullConfigured,
+			engine: "docker", needs: []string{dockerd}, pull: pullConfigured, mirror: loopback6,
 			files: map[string]string{"/etc/docker/daemon.json": "{\n  \"deprecated-key-path\": \"DIR/key.json\"\n}"},
 		},
 		"podman": {
@@ -111,8 +117,8 @@ func setUps(cache string) map[string]setUp {
 			files: map[string]string{"/etc/containers/registries.conf": registriesConf, "/etc/containers/policy.json": policy},
 		},
 		"podman-drop-in": {
-			engine: "podman", registry: named, needs: []string{podman}, pull: pullPodman,
-			files: map[string]string{"/etc/containers/policy.json": policy},
+			engine: "podman", registry: named, needs: []string{podman}, pull: pullPodman, mirror: loopback6,
+			files: map[string]string{"/etc/containers/policy.json": policy, "/etc/hosts": ip6Hosts},
 		},
 		"crio-by-skopeo": { // CRI-O reads its registries with the same library
 			engine: "crio", registry: aliased, needs: []string{"/usr/bin/skopeo"}, pull: pullNamed, falls: true,
@@ -172,15 +178,23 @@ func testSetUp(t *testing.T, s setUp, img v1.Image, bin string) {
 		t.Fatal(err)
 	}
 	h := l.Host("host")
-	daemon, err := programs.StartDaemon(ctx, h, bin, supernode.URL(), upstreams)
+	var flags []string
+	if s.mirror != "" {
+		if err := h.Inside(haveIPv6); err != nil {
+			t.Fatal(err)
+		}
+		flags = []string{"--mirror-listen", s.mirror}
+	}
+	daemon, err := programs.StartDaemon(ctx, h, bin, supernode.URL(), upstreams, flags...)
 	if err != nil {
 		t.Fatal(err)
 	}
+	mirror := cmp.Or(s.mirror, strings.TrimPrefix(daemon.Mirror(), "http://"))
 
 	root, dir := filepath.Join(h.Dir(), "root"), filepath.Join(h.Dir(), "engine")
 	layHost(t, s, root, dir, registry.URL())
 	before := tree(t, root)
-	runDaemon(t, bin, append([]string{"setup", s.engine, "--root", root, "--mirror", daemon.Mirror()[len("http://"):]}, s.registry...)...)
+	runDaemon(t, bin, append([]string{"setup", s.engine, "--root", root, "--mirror", mirror}, s.registry...)...)
 	if err := s.pull(ctx, h, root, dir, img); err != nil {
 		t.Fatal(err)
 	}
@@ -199,6 +213,12 @@ func testSetUp(t *testing.T, s setUp, img v1.Image, bin string) {
 	if after := tree(t, root); !slices.Equal(after, before) {
 		t.Errorf("unset leaves %q in place of %q", after, before)
 	}
+}
+
+// haveIPv6 gives the loopback of the host that it runs on its IPv6 address: a lab
+// has none.
+func haveIPv6() error {
+	return os.WriteFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6", []byte("0"), 0)
 }
 
 func layHost(t *testing.T, s setUp, root, dir, registry string) {
@@ -266,12 +286,13 @@ func throughSwarm(ctx context.Context, t *testing.T, daemon *programs.Daemon, im
 	}
 }
 
-// onHost is a command that finds root's dir of /etc in place of this machine's.
+// onHost is a command that finds root's dir of /etc, and its /etc/hosts if it
+// has one, in place of this machine's.
 func onHost(root, etc, program string, args ...string) *exec.Cmd {
-	const script = `mount --bind "$1" "$2" || exit; shift 2
+	const script = `mount --bind "$1$2" "$2" || exit
+[ ! -e "$1/etc/hosts" ] || mount --bind "$1/etc/hosts" /etc/hosts || exit; shift 2
 for dir in /opt /run /var/lib; do mount -t tmpfs lab $dir || exit; done; exec "$@"`
-	cmd := exec.Command("sh", append([]string{"-c", script, "sh", filepath.Join(root, etc), etc, program}, args...)...) //nolint:gosec // G204: programs of this file
-	return cmd
+	return exec.Command("sh", append([]string{"-c", script, "sh", root, etc, program}, args...)...) //nolint:gosec // G204: programs of this file
 }
 
 // startContainerd starts one with the host's own configuration.
@@ -413,8 +434,8 @@ func pullPodman(ctx context.Context, h *lab.Host, root, dir string, img v1.Image
 	}
 	script := `"$0" "$@" pull ` + programs.RegistryName + "/" + app + ` && "$0" "$@" image inspect ` + programs.RegistryName + "/" + app
 	said := new(bytes.Buffer)
-	cmd := onHost(root, "/etc/containers", "sh", "-c", script, podman, "--root", filepath.Join(dir, "root"), "--runroot", filepath.Join(dir, "run"),
-		"--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--tmpdir", filepath.Join(dir, "tmp"))
+	cmd := onHost(root, "/etc/containers", "sh", "-c", script, podman, "--root", filepath.Join(dir, "root"), "--runroot", "/run/containers",
+		"--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--tmpdir", "/run/libpod")
 	cmd.Stdout = said
 	cmd.Env = append(os.Environ(), "HOME="+h.Dir(), "TMPDIR="+h.Dir())
 	if err := h.Run(ctx, "podman", cmd); err != nil {
