@@ -46,7 +46,7 @@ func (n *Supernode) serveV2(w http.ResponseWriter, r *http.Request, path string)
 	case registryproxy.KindManifest:
 		n.serveManifest(w, r, route, who)
 	default:
-		n.forward(w, r, route, who)
+		n.serveList(w, r, route, who)
 	}
 }
 
@@ -74,19 +74,24 @@ func (n *Supernode) forward(w http.ResponseWriter, r *http.Request, route regist
 		return
 	}
 	defer func() { _ = resp.Body.Close() }()
-	for _, k := range []string{"Content-Type", "Content-Length", "Oci-Filters-Applied", "Etag", "Last-Modified"} {
-		if v := resp.Header.Values(k); len(v) > 0 {
-			w.Header()[k] = v
-		}
-	}
-	if next := registryproxy.NextPage(r, resp.Header.Values("Link")); next != "" {
-		w.Header().Set("Link", next)
-	}
+	relayHeader(w, r, resp.Header)
 	w.WriteHeader(resp.StatusCode)
 	out := newSteady(w)
 	defer out.done()
 	if _, err := io.Copy(out, resp.Body); err != nil {
 		panic(http.ErrAbortHandler) // so that what is cut does not look whole
+	}
+}
+
+// relayHeader writes what an engine may need of a registry's header.
+func relayHeader(w http.ResponseWriter, r *http.Request, from http.Header) {
+	for _, k := range []string{"Content-Type", "Content-Length", "Oci-Filters-Applied", "Etag", "Last-Modified"} {
+		if v := from.Values(k); len(v) > 0 {
+			w.Header()[k] = v
+		}
+	}
+	if next := registryproxy.NextPage(r, from.Values("Link")); next != "" {
+		w.Header().Set("Link", next)
 	}
 }
 

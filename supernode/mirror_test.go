@@ -250,3 +250,58 @@ func TestNothingSecretIsKept(t *testing.T) {
 		return nil
 	}))
 }
+
+func TestListsAreAskedForOnceWhileTheyAreFresh(t *testing.T) {
+	h := newHub(t)
+	d := h.manifest(t, []byte(`{"schemaVersion":2}`))
+	tags, list := "GET /v2/demo/app/tags/list", "/v2/demo/app/tags/list?ns=hub.test&n=1"
+	r := start(t, h, t.TempDir(), nil) // fresh for an hour
+	hold := make(chan struct{})
+	h.misbehave(func(http.ResponseWriter, *http.Request) bool { <-hold; return false })
+	answers := make(chan string, 5)
+	for range cap(answers) {
+		go func() { answers <- string(r.get("GET", list).body) }()
+	}
+	require.Eventually(t, func() bool { return h.times(tags) > 0 }, wait, poll)
+	close(hold)
+	for range cap(answers) {
+		require.JSONEq(t, `{"name":"demo/app","tags":["v1"]}`, <-answers)
+	}
+	require.Equal(t, 1, h.times(tags))
+
+	require.Equal(t, 200, r.get("GET", list, "Authorization", "Basic good").status)
+	require.Equal(t, 2, h.times(tags), "what one may see another may not")
+	require.Equal(t, 200, r.get("GET", v2("tags", "list")).status)
+	require.Equal(t, 3, h.times(tags), "another question")
+
+	h.misbehave(func(w http.ResponseWriter, _ *http.Request) bool {
+		w.WriteHeader(http.StatusNotFound)
+		return true
+	})
+	for range 3 {
+		require.Equal(t, 404, r.get("GET", v2("referrers", d)).status)
+	}
+	require.Equal(t, 1, h.times("GET /v2/demo/app/referrers/"), "that there is none is remembered as long")
+	h.misbehave(func(w http.ResponseWriter, _ *http.Request) bool {
+		w.WriteHeader(http.StatusBadGateway)
+		return true
+	})
+	for range 2 {
+		require.Equal(t, 502, r.get("GET", v2("tags", "list")+"&last=x").status)
+	}
+	require.GreaterOrEqual(t, h.times(tags), 5, "trouble is not")
+}
+
+func TestAListTooLongToKeepIsPassedOn(t *testing.T) {
+	h := newHub(t)
+	long := `{"name":"demo/app","tags":["` + strings.Repeat("v", maxList) + `"]}`
+	h.misbehave(func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, long)
+		return true
+	})
+	r := start(t, h, t.TempDir(), nil)
+	got := r.get("GET", v2("tags", "list"))
+	require.Equal(t, 200, got.status)
+	require.Equal(t, hexOf([]byte(long)), hexOf(got.body))
+}

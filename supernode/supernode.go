@@ -40,6 +40,7 @@ type Supernode struct {
 	root     *os.Root // the data directory
 	store    *pieces.Store
 	tags     *notes
+	lists    *lists
 	resolver singleflight.Group // of tags; who has the same credentials shares a request
 	web      *web
 	origin   *origin
@@ -84,6 +85,7 @@ func (n *Supernode) open(reg Registry) (err error) {
 	if n.tags, err = openNotes(n.root, "tags", n.cfg.StaleFor+time.Hour); err != nil {
 		return err
 	}
+	n.lists = newLists(n.cfg.TagFreshness)
 	versions, err := openNotes(n.root, "urls", keepVersions)
 	if err != nil {
 		return err
