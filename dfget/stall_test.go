@@ -280,16 +280,7 @@ func TestStreamGoesOnFromTheOrigin(t *testing.T) {
 	}{
 		"supernode killed":       {func(_ *testing.T, net *memNet, _ *fakeNode, _ *host) { net.kill("node") }, lostLimit, causeSessionLost},
 		"supernode says nothing": {func(*testing.T, *memNet, *fakeNode, *host) {}, silentLimit, causeSilent},
-		"invalidated": {func(_ *testing.T, _ *memNet, n *fakeNode, _ *host) {
-			n.send(api.Down{Invalidate: []api.Invalidate{{Task: string(b.id), Reason: "wrong digest"}}})
-		}, 0, causeStore},
-		"digests contradict": {func(_ *testing.T, _ *memNet, n *fakeNode, _ *host) {
-			d := digestsOf(b)
-			d.Digests = bytes.Clone(d.Digests)
-			d.Digests[0] ^= 1
-			n.send(api.Down{Digests: []api.Digests{d}})
-		}, 0, causeStore},
-		"peer ended": {func(_ *testing.T, _ *memNet, _ *fakeNode, h *host) { h.end(h.session) }, lostLimit, causeSessionLost},
+		"peer ended":             {func(_ *testing.T, _ *memNet, _ *fakeNode, h *host) { h.end(h.session) }, lostLimit, causeSessionLost},
 	} {
 		for _, writer := range []bool{false, true} {
 			t.Run(name, func(t *testing.T) {
@@ -314,6 +305,47 @@ func TestStreamGoesOnFromTheOrigin(t *testing.T) {
 					require.Equal(t, 1, h.metric(t, "fallbacks_total", c.cause))
 					tries := time.Duration(len(up.opened())) * 2 * directBackOff
 					require.InDelta(t, c.after.Seconds(), time.Since(began).Seconds(), 0.7+tries.Seconds())
+				})
+			})
+		}
+	}
+}
+
+// What the region has given and takes back may be wrong: the reader is not to take
+// it, with the rest from the origin, for the whole.
+func TestStreamBreaksOffWhereTheRegionWasWrong(t *testing.T) {
+	b := newBlob(1<<20 + 5)
+	middle := b.layout.Offset(b.layout.Count() / 2)
+	wrong := digestsOf(b)
+	wrong.Digests = bytes.Clone(wrong.Digests)
+	wrong.Digests[0] ^= 1
+	for name, say := range map[string]api.Down{
+		"invalidated":        {Invalidate: []api.Invalidate{{Task: string(b.id), Reason: "wrong digest"}}},
+		"digests contradict": {Digests: []api.Digests{wrong}},
+	} {
+		for _, direct := range []bool{false, true} {
+			t.Run(name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					_, n, h := bubble(t, PeerConfig{}, half(b), b)
+					up := &upstream{bytes: b.bytes}
+					s := open(t, h, Request{b.id, registryOrigin(), up}, 0, -1)
+					_, err := io.CopyN(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{s}, middle)
+					require.NoError(t, err)
+					synctest.Wait()
+					if direct { // the supernode's word comes when the stream is the origin's
+						_, err = s.Read(make([]byte, 1))
+						require.NoError(t, err)
+						require.Len(t, up.opened(), 1)
+					}
+					n.send(say)
+					synctest.Wait()
+					_, err = s.WriteTo(io.Discard)
+					require.ErrorIs(t, err, errDropped)
+
+					again := open(t, h, Request{b.id, registryOrigin(), up}, middle, -1)
+					rest, err := io.ReadAll(again)
+					require.NoError(t, err)
+					require.Equal(t, b.bytes[middle:], rest)
 				})
 			})
 		}

@@ -89,6 +89,7 @@ type Stream struct {
 	off, end int64 // what is left of the range; end is -1 for an unknown end
 	length   int64
 	given    bool // a byte has been
+	mixed    bool // of the region, before the origin's
 
 	fromStore, fromOrigin atomic.Int64
 }
@@ -100,8 +101,8 @@ type answer struct {
 	err     error
 }
 
-// errDropped ends a stream of which bytes have been given that may be of another
-// version than the origin's now.
+// errDropped ends a stream of which bytes have been given that may be wrong, or of
+// another version than the origin's now.
 var errDropped = errors.New("the content was dropped while it was read: ask again")
 
 // Open returns the n bytes from off on, fewer where the content ends, all with n
@@ -317,9 +318,10 @@ func (p *Peer) stalled(t *task, l pieces.Layout, piece int, began time.Time) (ca
 
 // fallBack makes the stream one of the origin from s.off on.
 func (s *Stream) fallBack(cause string) error {
-	if cause == causeStore && s.given && s.id.Content() == "" {
+	if cause == causeStore && s.given && s.id.Content() == "" || s.given && s.isWrong() {
 		return errDropped // nobody could tell the mixture of two versions
 	}
+	s.mixed = s.given
 	s.p.metrics.fallbacks.WithLabelValues(cause).Inc()
 	if c := s.p.log.Check(zap.WarnLevel, "asking the origin"); c != nil && cause != causeNoSession {
 		c.Write(zap.String("task", string(s.id)), zap.String("cause", cause), zap.Int64("offset", s.off))
@@ -327,6 +329,9 @@ func (s *Stream) fallBack(cause string) error {
 	s.leave()
 	return nil
 }
+
+// isWrong tells whether the region has taken back what it gave.
+func (s *Stream) isWrong() bool { return s.task != nil && s.task.wrong.Load() }
 
 // leave ends the stream's part in the region's download, which goes on.
 func (s *Stream) leave() {
@@ -372,6 +377,8 @@ func (s *Stream) Close() error {
 // s.runEnd, or, when it is nil, the origin gives the rest.
 func (s *Stream) next() error {
 	switch {
+	case s.content == nil && s.mixed && s.isWrong():
+		return errDropped
 	case s.content == nil:
 		return nil
 	case !s.own && s.task.isOver():

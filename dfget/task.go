@@ -26,6 +26,7 @@ type task struct {
 	over  chan struct{}
 	moved atomic.Int64 // when anything of it last came, in Unix nanoseconds
 	come  atomic.Int64 // when a piece last came
+	wrong atomic.Bool  // it was dropped: what has been given of it may be wrong
 
 	fromPeers, fromSupernode atomic.Int64 // bytes
 
@@ -373,6 +374,7 @@ func (p *Peer) drop(id pieces.TaskID, reason string) {
 		p.log.Error("task is not removed", zap.String("task", string(id)), zap.Error(err))
 	}
 	if t != nil {
+		t.wrong.Store(true)
 		p.giveUp(t)
 	}
 }
