@@ -22,7 +22,20 @@ type watched struct {
 	cancel context.CancelCauseFunc
 	stall  time.Duration
 	timer  *time.Timer // ends the request; runs only during a Read
+
+	// resumable: the rest can be asked for, so that a body which comes too slowly
+	// is given up. got bytes have come in waited, the time spent in Reads.
+	resumable bool
+	got       int
+	waited    time.Duration
 }
+
+// slowBytes are the fewest that come in half the time that makes a stall, lest
+// another request be made for the rest: one connection of many may be caught
+// somewhere. Where all are so slow that costs a request every now and then.
+const slowBytes = 128 << 10
+
+var errSlow = errors.New("the connection is too slow")
 
 func watch(body io.ReadCloser, stall time.Duration, cancel context.CancelCauseFunc, failed func(error) error) *watched {
 	t := time.AfterFunc(stall, func() { cancel(errStalled) })
@@ -33,8 +46,13 @@ func watch(body io.ReadCloser, stall time.Duration, cancel context.CancelCauseFu
 // Read reads from the body.
 func (w *watched) Read(p []byte) (int, error) {
 	w.timer.Reset(w.stall)
+	start := time.Now()
 	n, err := w.body.Read(p)
 	w.timer.Stop()
+	if w.resumable && err == nil && w.tooSlow(n, time.Since(start)) {
+		w.cancel(errSlow) // so that the next Read fails too
+		err = errSlow
+	}
 	if w.count != nil {
 		w.count.Add(float64(n))
 	}
@@ -42,6 +60,18 @@ func (w *watched) Read(p []byte) (int, error) {
 		err = w.failed(err)
 	}
 	return n, err
+}
+
+// tooSlow counts a Read, and tells a body that comes too slowly.
+func (w *watched) tooSlow(n int, took time.Duration) bool {
+	w.got += n
+	w.waited += took
+	slow := w.got < slowBytes
+	if slow && w.waited < w.stall/2 {
+		return false
+	}
+	w.got, w.waited = 0, 0
+	return slow
 }
 
 // Close ends the request.

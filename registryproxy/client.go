@@ -370,6 +370,8 @@ func (x *exchange) do(r request) (*answer, error) {
 	a := &answer{resp.StatusCode, resp.Header, resp.ContentLength, x.watch(resp)}
 	if resp.StatusCode < 400 {
 		x.requests.WithLabelValues(x.kind, resultOK).Inc()
+		a.body.resumable = x.kind == KindBlob.String() &&
+			(resp.StatusCode == http.StatusPartialContent || resp.Header.Get("Accept-Ranges") == "bytes")
 		return a, nil
 	}
 	defer a.close()
@@ -458,7 +460,7 @@ func (x *exchange) failed(err error) error {
 	if x.caller.Err() != nil {
 		return fmt.Errorf("registry %s: %w", x.registry, context.Cause(x.caller))
 	}
-	if cause := context.Cause(x.ctx); errors.Is(cause, errStalled) || errors.Is(cause, errNoAnswer) {
+	if cause := context.Cause(x.ctx); errors.Is(cause, errStalled) || errors.Is(cause, errNoAnswer) || errors.Is(cause, errSlow) {
 		err = cause
 	}
 	passing := isPassing(err)

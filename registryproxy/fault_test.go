@@ -184,12 +184,59 @@ func TestLongRefusal(t *testing.T) {
 	})
 }
 
+// A blob that drips is given up where its rest can be asked for, and only there.
+func TestDrip(t *testing.T) {
+	blob := strings.Repeat("0123456789", 40_000)
+	for name, tt := range map[string]struct {
+		rate   int // bytes a second
+		ranges bool
+		gives  error
+		takes  time.Duration
+	}{
+		"slow":              {rate: 1000, ranges: true, gives: errSlow, takes: 5 * time.Second},
+		"slow, for good":    {rate: 10_000, takes: 40 * time.Second},
+		"not quite as slow": {rate: 25_000, ranges: true, gives: errSlow, takes: 5 * time.Second},
+		"fast enough":       {rate: 40_000, ranges: true, takes: 9 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				net := newNetwork(t)
+				net.handle("reg.test:443", func(w http.ResponseWriter, r *http.Request) {
+					if tt.ranges {
+						w.Header().Set("Accept-Ranges", "bytes")
+					}
+					w.Header().Set("Content-Length", "400000")
+					for rest := blob; rest != ""; {
+						n := min(tt.rate, len(rest))
+						_, _ = io.WriteString(w, rest[:n])
+						w.(http.Flusher).Flush()
+						rest = rest[n:]
+						select {
+						case <-r.Context().Done():
+							return
+						case <-time.After(time.Second):
+						}
+					}
+				})
+				start := time.Now()
+				b, err := net.client(Config{}).Blob(t.Context(), public, digestOf(blob), 0, Caller{})
+				require.NoError(t, err)
+				defer func() { _ = b.Close() }()
+				_, err = io.ReadAll(b)
+				require.ErrorIs(t, err, tt.gives)
+				require.Equal(t, tt.gives != nil, IsTemporary(err))
+				require.InDelta(t, tt.takes, time.Since(start), float64(time.Second))
+			})
+		})
+	}
+}
+
 // Whoever reads slowly makes no stall of it.
 func TestSlowReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		net := newNetwork(t)
 		blob := strings.Repeat("0123456789", 1000)
-		net.handle("reg.test:443", sourceOf(blob))
+		net.handle("reg.test:443", sourceOf(blob)) // with ranges
 		c := net.client(Config{})
 		b, err := c.Blob(t.Context(), public, digestOf(blob), 0, Caller{})
 		require.NoError(t, err)

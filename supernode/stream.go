@@ -19,6 +19,9 @@ import (
 const (
 	triesBefore = 3
 	triesAmid   = 6
+	// refusalsAmid is how often an origin that refuses the rest of what it has
+	// begun is asked again, of triesAmid.
+	refusalsAmid = 2
 )
 
 // stream reads a content from its origin in order, and asks again from where it
@@ -77,6 +80,9 @@ func (s *stream) open() (*body, error) {
 			if src := s.fetch.other(); src != nil {
 				s.src = src
 				continue
+			}
+			if s.fails < refusalsAmid { // it has said yes before
+				err = passing{err}
 			}
 		}
 		if err := s.failed(err); err != nil {
