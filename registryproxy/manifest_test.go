@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -59,4 +60,21 @@ func FuzzManifest(f *testing.F) {
 		}
 		require.False(t, strings.ContainsAny(m.MediaType, "; \r\n"), m.MediaType)
 	})
+}
+
+// A list that is encoded though none was asked for would reach the caller without
+// the header that says so.
+func TestAnEncodedListIsNoAnswer(t *testing.T) {
+	for encoding, good := range map[string]bool{"": true, "identity": true, "gzip": false} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			if encoding != "" {
+				w.Header().Set("Content-Encoding", encoding)
+			}
+			_, _ = io.WriteString(w, "{}")
+		}))
+		defer server.Close()
+		c := newTestClient(t, Config{Upstreams: []Upstream{{Name: "reg.test", URL: server.URL}}})
+		err := c.forward(t.Context(), http.MethodGet, Route{KindTags, Repository{"reg.test", "app"}, ""}, nil, nil)
+		require.Equal(t, good, err == nil, encoding)
+	}
 }
