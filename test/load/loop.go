@@ -124,7 +124,7 @@ func (l *loop) receive() error {
 func (l *loop) keepAlive() error {
 	stalled := 0
 	for _, h := range l.hosts {
-		if l.now.Sub(h.heard) > 2*api.SilenceLimit {
+		if l.now.Sub(h.heard) > api.StuckLimit {
 			return fmt.Errorf("the supernode was silent for %v", l.now.Sub(h.heard))
 		}
 		if l.now.Sub(h.spoke) >= api.BeatEvery {
