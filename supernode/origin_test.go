@@ -84,7 +84,8 @@ func TestSmallBlobComesWithTheAssignment(t *testing.T) {
 		require.Equal(t, hexOf(b), hexOf(host.content(d)))
 		if n > 0 {
 			require.Equal(t, n <= api.MaxInline, host.assigns[0].Data != nil)
-			require.Equal(t, n, r.metric("damselfly_sent_bytes_total"))
+			sent := func() bool { return r.metric("damselfly_sent_bytes_total") == n }
+			require.Eventually(t, sent, wait, poll) // it is counted when it is out
 		}
 		got := r.get(http.MethodGet, v2("blobs", d))
 		require.Equal(t, http.StatusOK, got.status)
