@@ -57,6 +57,7 @@ type delivery struct {
 	asked   http.Header // the reader's: its ranges and conditions
 	etag    string      // of the content, "" for none
 	header  http.Header // of the answer, beside its length and ranges
+	head    bool        // the header is all that is asked for
 }
 
 // serve answers w. No header is out before the first bytes are in hand.
@@ -81,6 +82,9 @@ func (d delivery) serve(ctx context.Context, w http.ResponseWriter) error {
 		return err
 	}
 	wanted.WriteHeader(w)
+	if d.head {
+		return nil
+	}
 	opened := true // the first range is
 	return wanted.Send(w, func(r registryproxy.ByteRange) error {
 		if !opened {
@@ -100,6 +104,12 @@ func (d delivery) serve(ctx context.Context, w http.ResponseWriter) error {
 // open returns what is wanted, and a stream of its first range. Nobody can say
 // which part is which of what has no known length: that is given whole.
 func (d delivery) open(ctx context.Context) (s *dfget.Stream, wanted registryproxy.Selection, err error) {
+	if d.head {
+		if s, err = d.peer.Open(ctx, d.request, 0, 0); err == nil {
+			wanted.Size = s.Size()
+		}
+		return s, wanted, err
+	}
 	header := registryproxy.WantedRange(d.asked, d.etag)
 	span, partial, err := registryproxy.ParseRange(header, math.MaxInt64)
 	if err != nil || strings.Contains(header, "=-") || strings.Contains(header, ",") {

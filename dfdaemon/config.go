@@ -45,6 +45,10 @@ type Config struct {
 	// Proxy is the forward proxy for the host's programs.
 	Proxy ProxyConfig
 
+	// URLs are contents that are asked for by their whole URL at the mirror's
+	// address; they are at the ports that the proxy may reach.
+	URLs URLConfig
+
 	// Registries are those that engines pull from.
 	Registries registryproxy.Config
 }
@@ -61,6 +65,7 @@ func Default() Config {
 		UpLanes:       3,
 		DownLanes:     3,
 		Proxy:         ProxyConfig{Rules: registryproxy.DefaultRules(), Ports: []int{80, 443}},
+		URLs:          URLConfig{Prefix: "/p2p/", Ignore: signatures},
 		Registries:    registryproxy.Config{Default: "docker.io"},
 	}
 }
@@ -99,6 +104,9 @@ func (c Config) Validate() error {
 		return errors.New("zone and rack: want at most 64 bytes")
 	}
 	if err := c.Proxy.validate(); err != nil {
+		return err
+	}
+	if err := c.URLs.validate(); err != nil {
 		return err
 	}
 	return c.Registries.Validate()

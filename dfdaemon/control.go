@@ -103,7 +103,8 @@ func (c *control) content(g *gin.Context) {
 // url answers with what a URL names. An error is one of which nothing has been
 // answered.
 func (m *mirror) url(w *reply, r *http.Request, request dfget.Request, asked http.Header) error {
-	err := delivery{peer: m.peer, request: request, asked: asked, header: http.Header{"Content-Type": {octets}}}.serve(r.Context(), w)
+	d := delivery{peer: m.peer, request: request, asked: asked, header: http.Header{"Content-Type": {octets}}, head: r.Method == http.MethodHead}
+	err := d.serve(r.Context(), w)
 	no, refused := errors.AsType[*dfget.RefusedError](err)
 	switch {
 	case err == nil:

@@ -87,7 +87,7 @@ func (d *Daemon) openStore(cfg Config) (err error) {
 
 // open makes the parts and the listeners.
 func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
-	m := &mirror{store: d.store, def: cfg.Registries.Default, log: d.log}
+	m := &mirror{store: d.store, def: cfg.Registries.Default, urls: cfg.URLs, ports: cfg.Proxy.Ports, log: d.log}
 	var err error
 	if m.registry, err = registryproxy.New(cfg.Registries, d.log, reg); err != nil {
 		return err

@@ -28,6 +28,8 @@ type mirror struct {
 	relay    *relay
 	registry *registryproxy.Client
 	def      string // the registry of a request that names none
+	urls     URLConfig
+	ports    []int // at which whole URLs may be asked for
 	metrics  *metrics
 	log      *zap.Logger
 }
@@ -37,6 +39,9 @@ func (m *mirror) handler() http.Handler {
 	e := gin.New()
 	e.Any("/v2/*path", m.serve)
 	e.NoRoute(func(c *gin.Context) {
+		if m.named(c) {
+			return
+		}
 		registryproxy.WriteError(c.Writer, &registryproxy.Error{
 			Status: http.StatusNotFound, Code: registryproxy.CodeUnsupported, Message: "a registry's paths begin with /v2/",
 		})

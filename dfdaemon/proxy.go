@@ -20,7 +20,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
-	"damselfly.dev/dfget"
 	"damselfly.dev/registryproxy"
 )
 
@@ -237,11 +236,11 @@ func (p *proxy) allowed(r *http.Request) bool {
 	return ok && p.users.Allow(name, password)
 }
 
-// mayReach tells whether the port of host:port may be asked for.
-func (p *proxy) mayReach(hostPort string) bool {
+// mayReach tells whether the port of host:port is one of those that may be asked for.
+func mayReach(ports []int, hostPort string) bool {
 	_, port, err := net.SplitHostPort(hostPort)
 	n, atoi := strconv.Atoi(port)
-	return err == nil && atoi == nil && slices.Contains(p.ports, n)
+	return err == nil && atoi == nil && slices.Contains(ports, n)
 }
 
 // route does with a request for u what the rules say.
@@ -250,7 +249,7 @@ func (p *proxy) route(w *reply, r *http.Request, u *url.URL) {
 	if action == registryproxy.ActionSwarm && (r.Method != http.MethodGet && r.Method != http.MethodHead || r.Header.Get("Upgrade") != "") {
 		action = registryproxy.ActionDirect
 	}
-	if action != registryproxy.ActionRedirect && !p.mayReach(hostOf(u.Host, u.Scheme)) {
+	if action != registryproxy.ActionRedirect && !mayReach(p.ports, hostOf(u.Host, u.Scheme)) {
 		p.refuse(w, http.StatusForbidden, "this port is not one of proxy-ports")
 		return
 	}
@@ -309,13 +308,7 @@ func (p *proxy) swarm(w *reply, r *http.Request, u *url.URL) bool {
 	if r.Method != http.MethodGet {
 		return false
 	}
-	header := http.Header{}
-	for _, k := range []string{"Accept", "Authorization", "Cookie", "User-Agent"} {
-		if v := r.Header[k]; len(v) > 0 {
-			header[k] = v
-		}
-	}
-	request, err := dfget.URLRequest(u.String(), "", header)
+	request, err := urlRequest(r, u, nil)
 	if err != nil {
 		return false
 	}
@@ -329,7 +322,7 @@ func (p *proxy) swarm(w *reply, r *http.Request, u *url.URL) bool {
 func (p *proxy) connect(c *gin.Context, w *reply, r *http.Request) {
 	authority := hostOf(r.Host, "https")
 	host, _, _ := net.SplitHostPort(authority)
-	if !p.mayReach(authority) {
+	if !mayReach(p.ports, authority) {
 		p.refuse(w, http.StatusForbidden, "this port is not one of proxy-ports")
 		return
 	}

@@ -56,6 +56,17 @@ func URLRequest(raw, digest string, header http.Header) (Request, error) {
 	return Request{ID: id, Origin: api.Origin{URL: u.String(), Header: kept}, Direct: newWeb(u, kept)}, nil
 }
 
+// SignedURLRequest is URLRequest for a URL whose signature is no part of what it
+// names: what matches ignore, as pieces.SignedURLTaskID tells, is sent to the
+// origin and left out of the task's id.
+func SignedURLRequest(raw string, ignore []string, header http.Header) (Request, error) {
+	r, err := URLRequest(raw, "", header)
+	if err == nil {
+		r.ID, r.Origin.Ignore = pieces.SignedURLTaskID(r.Origin.URL, ignore)
+	}
+	return r, err
+}
+
 // normalise gives URLs of one content one form, as far as that is certain.
 func normalise(u *url.URL) {
 	u.User, u.Fragment, u.RawFragment = nil, "", ""

@@ -119,3 +119,28 @@ func FuzzParseDigests(f *testing.F) {
 		}
 	})
 }
+
+func TestSignedURLTaskID(t *testing.T) {
+	ignore := []string{"X-Amz-*", "Expires", "sig"}
+	id := func(u string) TaskID { d, _ := SignedURLTaskID(u, ignore); return d }
+	if a, b := id("http://h/a?k=1&X-Amz-Date=1&sig=2"), id("http://h/a?x-amz-date=3&k=1&sig=4"); a != b {
+		t.Error("two signatures make two ids")
+	}
+	one := id("http://h/a?k=1&sig=2")
+	for _, other := range []string{
+		"http://h/a?k=2&sig=2", "http://h/b?k=1&sig=2", "http://h/a?k=1", "http://h/a?k=1&sig=2&expires=1", "http://h/a?k=1&signature=2", "http://h/a?sig=2",
+	} {
+		if id(other) == one {
+			t.Errorf("%s has the id of another", other)
+		}
+	}
+	for _, plain := range []string{"http://h/a", "http://h/a?k=1", "http://h/a?"} {
+		if id(plain) != URLTaskID(plain) {
+			t.Errorf("%s is not its own id", plain)
+		}
+	}
+	full, without := SignedURLTaskID("http://h/a?k=1&X-Amz-Date=1&sig=2&SIG=3", ignore)
+	if again, _ := SignedURLTaskID("http://h/a?k=1&X-Amz-Date=1&sig=2&SIG=3", without); again != full {
+		t.Errorf("the names %v make another id", without)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	_ "crypto/sha512" // the algorithms behind sha384 and sha512 task ids
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -36,6 +37,40 @@ func ParseTaskID(s string) (TaskID, error) {
 func URLTaskID(normalised string) TaskID {
 	sum := sha256.Sum256([]byte(normalised))
 	return TaskID(urlPrefix + hex.EncodeToString(sum[:]))
+}
+
+// SignedURLTaskID is URLTaskID for a URL that may carry a signature: parameters of
+// its query whose names match one of ignore are left out of the id. Names are
+// compared without case, and "X-Amz-*" matches all that begin so. It returns also
+// the names that were left out, which are part of the id: nobody can make an id
+// that leaves out what others do not.
+func SignedURLTaskID(normalised string, ignore []string) (id TaskID, without []string) {
+	base, query, ok := strings.Cut(normalised, "?")
+	if !ok {
+		return URLTaskID(normalised), nil
+	}
+	var kept []string
+	for param := range strings.SplitSeq(query, "&") {
+		name, _, _ := strings.Cut(param, "=")
+		name = strings.ToLower(name)
+		switch {
+		case !slices.ContainsFunc(ignore, func(pattern string) bool { return matches(name, strings.ToLower(pattern)) }):
+			kept = append(kept, param)
+		case !slices.Contains(without, name):
+			without = append(without, name)
+		}
+	}
+	if without == nil {
+		return URLTaskID(normalised), nil
+	}
+	slices.Sort(without)
+	return URLTaskID(base + "?" + strings.Join(kept, "&") + "#" + strings.Join(without, "&")), without
+}
+
+// matches tells whether a name is the pattern, or begins with it up to its "*".
+func matches(name, pattern string) bool {
+	prefix, open := strings.CutSuffix(pattern, "*")
+	return name == pattern || open && strings.HasPrefix(name, prefix)
 }
 
 // Content returns the digest the whole content must have, or "" for the id of

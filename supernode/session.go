@@ -321,7 +321,7 @@ func (n *Supernode) sourceOf(j api.Join) (pieces.TaskID, source, error) {
 	}
 	header := http.Header(j.Origin.Header)
 	if j.Origin.URL != "" {
-		src, err := n.web.source(id, j.Origin.URL, header)
+		src, err := n.web.source(id, j.Origin)
 		return id, src, err
 	}
 	if id.Content() == "" {

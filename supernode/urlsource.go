@@ -20,6 +20,7 @@ import (
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -125,12 +126,13 @@ var hopHeaders = []string{
 }
 
 // source checks what a host asks for.
-func (w *web) source(id pieces.TaskID, raw string, header http.Header) (*urlSource, error) {
+func (w *web) source(id pieces.TaskID, o api.Origin) (*urlSource, error) {
+	raw, header := o.URL, http.Header(o.Header)
 	u, err := url.Parse(raw)
 	if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "" || len(raw) > 8<<10 {
 		return nil, errors.New("the URL must begin with http:// or https:// and name a host")
 	}
-	if id.Content() == "" && pieces.URLTaskID(raw) != id {
+	if named, _ := pieces.SignedURLTaskID(raw, o.Ignore); id.Content() == "" && named != id {
 		return nil, errors.New("the task's id is not that of the URL")
 	}
 	s := &urlSource{web: w, id: id, url: u, header: http.Header{}}

@@ -59,5 +59,7 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Proxy.CA, "proxy-ca", c.Proxy.CA, "`file` of the authority's certificate that dfdaemon ca made")
 	fs.StringVar(&c.Proxy.CAKey, "proxy-ca-key", c.Proxy.CAKey, "`file` of its key")
 	fs.StringVar(&c.Proxy.Users, "proxy-users", c.Proxy.Users, "`file` of who may use the proxy, as htpasswd -B writes it; empty: who reaches it")
+	fs.StringVar(&c.URLs.Prefix, "url-prefix", c.URLs.Prefix, "`path` at --mirror-listen after which a whole URL is read through the swarm, as overlaybd asks; empty: none")
+	fs.StringSliceVar(&c.URLs.Ignore, "url-ignore", c.URLs.Ignore, "`parameters` that sign such a URL and are left out of its name; the same on all hosts")
 	upstream.Flags(fs, &c.Registries)
 }

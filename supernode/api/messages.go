@@ -85,6 +85,7 @@ type Origin struct {
 	Repository string              `cbor:"2,keyasint,omitempty"`
 	URL        string              `cbor:"3,keyasint,omitempty"`
 	Header     map[string][]string `cbor:"4,keyasint,omitempty"` // what the caller sent along for the origin
+	Ignore     []string            `cbor:"5,keyasint,omitempty"` // parameters of the URL that the task's id leaves out, as pieces.SignedURLTaskID tells
 }
 
 // String says nothing of what an Origin holds, so that a stray %v leaks nothing.

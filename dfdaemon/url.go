@@ -1,0 +1,133 @@
+package dfdaemon
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strings"
+
+	"github.com/gin-gonic/gin"
+
+	"damselfly.dev/dfget"
+	"damselfly.dev/registryproxy"
+)
+
+// URLConfig is what may be told of contents that are asked for by their whole
+// URL, at the mirror's address.
+type URLConfig struct {
+	// Prefix is the path that such a URL follows, "" for none: then nothing is
+	// answered so.
+	Prefix string
+	// Ignore are parameters of a URL's query that sign it and say nothing of what it
+	// is: the origin gets them, and one content has one name without them. Hosts
+	// with different ones do not share what they take from signed URLs.
+	Ignore []string
+}
+
+// signatures are the parameters of the object stores in use that change from one
+// signature of a URL to the next. Each name is one that says nothing of a content
+// elsewhere either.
+var signatures = []string{
+	"X-Amz-*", "AWSAccessKeyId", "Signature", "Expires", "Key-Pair-Id", "Policy", // S3, CloudFront
+	"X-Goog-*", "GoogleAccessId", // Google
+	"se", "sig", "ske", "skt", // Azure
+	"OSSAccessKeyId", "x-oss-*", "security-token", // Alibaba
+	"q-sign-*", "q-ak", "q-key-time", "q-signature", "x-cos-security-token", // Tencent
+}
+
+var prefixForm = regexp.MustCompile(`^(/[A-Za-z0-9._~-]+)+/$`)
+
+func (c URLConfig) validate() error {
+	switch {
+	case c.Prefix == "":
+	case !prefixForm.MatchString(c.Prefix) || strings.HasPrefix(c.Prefix, "/v2/"):
+		return fmt.Errorf("url-prefix %q: want a path such as /p2p/, other than /v2/", c.Prefix)
+	}
+	for _, name := range c.Ignore {
+		if strings.Trim(name, "*") == "" {
+			return fmt.Errorf("url-ignore %q: want the name of a parameter, or how names begin and *", name)
+		}
+	}
+	return nil
+}
+
+// behind returns the URL that a request names after the prefix, nil where it has
+// another path.
+func (c URLConfig) behind(r *http.Request) (*url.URL, error) {
+	raw, ok := strings.CutPrefix(r.URL.EscapedPath(), c.Prefix)
+	if !ok || c.Prefix == "" {
+		return nil, nil
+	}
+	for _, scheme := range []string{"http:/", "https:/"} { // some make one slash of two
+		if rest, ok := strings.CutPrefix(raw, scheme); ok && !strings.HasPrefix(rest, "/") {
+			raw = scheme + "/" + rest
+		}
+	}
+	if r.URL.RawQuery != "" {
+		raw += "?" + r.URL.RawQuery
+	}
+	u, err := url.Parse(raw)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.User != nil { // never quoted: it may be signed
+		return nil, &registryproxy.Error{
+			Status: http.StatusBadRequest, Code: registryproxy.CodeUnsupported,
+			Message: "after " + c.Prefix + " comes a whole URL without credentials, such as " + c.Prefix + "https://host/path",
+		}
+	}
+	return u, nil
+}
+
+// named answers a request for a whole URL; false when it is for something else.
+func (m *mirror) named(c *gin.Context) bool {
+	u, err := m.urls.behind(c.Request)
+	if u == nil && err == nil {
+		return false
+	}
+	w, r := newReply(c), c.Request
+	defer w.extend(0)
+	if err == nil {
+		err = m.read(w, r, u)
+	}
+	if ours, ok := errors.AsType[*registryproxy.Error](err); ok {
+		registryproxy.WriteError(w, ours)
+	} else if err != nil {
+		http.Error(w, "damselfly: "+reason(err), http.StatusBadGateway)
+	}
+	return true
+}
+
+// read answers with what u names: a blob or a manifest of a registry as such, so
+// that all who pull it share it, and anything else by its URL. An error is one of
+// which nothing has been answered.
+func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return &registryproxy.Error{Status: http.StatusMethodNotAllowed, Code: registryproxy.CodeUnsupported, Message: "what a URL names is only read here"}
+	}
+	if path, ok := strings.CutPrefix(u.Path, "/v2/"); ok && m.registry.Reaches(u) {
+		route, err := registryproxy.ParseRoute(r.Method, path, u.Host, "")
+		if err == nil && (route.Kind == registryproxy.KindBlob || route.Kind == registryproxy.KindManifest) {
+			m.handle(w, r, route, nil)
+			return nil
+		}
+	}
+	if !mayReach(m.ports, hostOf(u.Host, u.Scheme)) {
+		return &registryproxy.Error{Status: http.StatusForbidden, Code: "DENIED", Message: "this port is not one of proxy-ports"}
+	}
+	request, err := urlRequest(r, u, m.urls.Ignore)
+	if err != nil {
+		return &registryproxy.Error{Status: http.StatusBadRequest, Code: registryproxy.CodeUnsupported, Message: err.Error()}
+	}
+	return m.url(w, r, request, r.Header)
+}
+
+// urlRequest asks for what u names with what of the caller's header may matter.
+func urlRequest(r *http.Request, u *url.URL, ignore []string) (dfget.Request, error) {
+	header := http.Header{}
+	for _, k := range []string{"Accept", "Authorization", "Cookie", "User-Agent"} {
+		if v := r.Header[k]; len(v) > 0 {
+			header[k] = v
+		}
+	}
+	return dfget.SignedURLRequest(u.String(), ignore, header)
+}
