@@ -283,6 +283,9 @@ func dialFrom(t *testing.T, r *testRegion, name, zone string) *host {
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
 	go h.read(ctx)
+	go func() { // slow as the machine may be, it is there
+		_ = conn.KeepAlive(ctx, func() { go func() { _ = conn.Write(ctx, api.Up{}) }() })
+	}()
 	return h
 }
 
