@@ -12,6 +12,7 @@ import (
 	"damselfly.dev/cmd/internal/cli"
 	"damselfly.dev/cmd/internal/upstream"
 	"damselfly.dev/dfdaemon"
+	"damselfly.dev/registryproxy"
 )
 
 func main() {
@@ -52,7 +53,7 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to other hosts at once; keep it equal to --down-lanes")
 	fs.IntVar(&c.DownLanes, "down-lanes", c.DownLanes, "transfers from other hosts at once")
 	fs.StringVar(&c.Proxy.Listen, "proxy-listen", c.Proxy.Listen, "`host:port` of a forward proxy for HTTP_PROXY and HTTPS_PROXY; empty: none")
-	fs.Var(cli.List("proxy-rules", &c.Proxy.Rules), "proxy-rules", "what the proxy does with which URL, as a list in YAML: see docs/operating.md")
+	fs.Var(cli.List("proxy-rules", func(r []registryproxy.Rule) { c.Proxy.Rules = r }), "proxy-rules", "what the proxy does with which URL, as a list in YAML: see docs/operating.md")
 	fs.IntSliceVar(&c.Proxy.Ports, "proxy-ports", c.Proxy.Ports, "ports that may be asked for through the proxy")
 	fs.StringSliceVar((*[]string)(&c.Proxy.Intercept), "proxy-intercept", c.Proxy.Intercept,
 		"`host`s whose HTTPS the proxy opens, exact or *.corp; they need --proxy-ca")

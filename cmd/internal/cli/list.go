@@ -11,13 +11,14 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// List is a setting whose value is a list of things with keys: in a file as it
-// stands there, in a flag or a variable as YAML. Keys are those of T's tags.
-func List[T any](name string, dst *[]T) pflag.Value { return &list[T]{name, dst} }
+// List is a setting whose value is a list of things with keys, those of T's tags:
+// in a file as it stands there, in a flag or a variable as YAML. set gets the
+// list, whole each time.
+func List[T any](name string, set func([]T)) pflag.Value { return &list[T]{name, set} }
 
 type list[T any] struct {
 	name string // of the setting
-	dst  *[]T
+	set  func([]T)
 }
 
 // Type is what --help calls a value.
@@ -58,7 +59,7 @@ func (l *list[T]) SetTree(v any) error {
 		slices.Sort(read.Unused)
 		return fmt.Errorf("%s%s: there is no such key: docs/operating.md lists them", l.name, read.Unused[0])
 	}
-	*l.dst = items
+	l.set(items)
 	return nil
 }
 

@@ -81,7 +81,7 @@ func TestRegistries(t *testing.T) {
 // What is wrong is named by its key.
 func TestWrongRegistries(t *testing.T) {
 	for text, says := range map[string]string{
-		"registries: docker.io":                                     "setting registries: want a list: - name: docker.io",
+		"registries: docker.io":                                     "setting registries: want a list",
 		"registries: {docker.io: {url: https://x}}":                 "registries",
 		"registries: [docker.io]":                                   "registries[0]",
 		"registries: [{name: a.b, mirors: []}]":                     "registries[0].mirors: there is no such key",
