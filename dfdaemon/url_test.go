@@ -25,10 +25,10 @@ func TestWhatIsBehindThePrefix(t *testing.T) {
 		"/https://h/":                "",
 	} {
 		u, err := c.behind(httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, nil))
-		switch {
-		case want == "error":
+		switch want {
+		case "error":
 			require.Error(t, err, path)
-		case want == "":
+		case "":
 			require.NoError(t, err, path)
 			require.Nil(t, u, path)
 		default:
