@@ -61,7 +61,11 @@ func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task st
 		writeError(w, http.StatusNotFound, api.CodeNotFound, fmt.Sprintf("piece %d is not here", i))
 		return
 	}
-	writeSpan(w, span, partial, c.Layout().Length)
+	given := registryproxy.Selection{Size: c.Layout().Length}
+	if partial {
+		given.Ranges = []registryproxy.ByteRange{span}
+	}
+	given.WriteHeader(w)
 	if r.Method == http.MethodHead {
 		return
 	}
@@ -85,15 +89,6 @@ func (l *lease) lacks(span registryproxy.ByteRange) int {
 		}
 	}
 	return -1
-}
-
-// writeSpan writes the header of an answer with a range of a content.
-func writeSpan(w http.ResponseWriter, span registryproxy.ByteRange, partial bool, size int64) {
-	s := registryproxy.Selection{Size: size}
-	if partial {
-		s.Ranges = []registryproxy.ByteRange{span}
-	}
-	s.WriteHeader(w)
 }
 
 // steady is a writer whose reader must keep taking bytes. It passes files on to

@@ -84,13 +84,12 @@ func (n *Supernode) bringManifest(ctx context.Context, id pieces.TaskID, t tag, 
 }
 
 func (n *Supernode) writeManifest(w http.ResponseWriter, r *http.Request, l *lease, mediaType string) {
-	if registryproxy.NotModified(r.Header, blobHeader(w, string(l.ID()))) {
-		w.WriteHeader(http.StatusNotModified)
+	if unchanged(w, r, string(l.ID())) {
 		return
 	}
 	w.Header().Set("Content-Type", mediaType)
 	size := l.Layout().Length
-	writeSpan(w, registryproxy.ByteRange{Length: size}, false, size)
+	registryproxy.Selection{Size: size}.WriteHeader(w)
 	if r.Method == http.MethodHead {
 		return
 	}
@@ -108,12 +107,11 @@ func (n *Supernode) directManifest(w http.ResponseWriter, r *http.Request, route
 		n.fail(w, err)
 		return
 	}
-	if registryproxy.NotModified(r.Header, blobHeader(w, m.Digest.String())) {
-		w.WriteHeader(http.StatusNotModified)
+	if unchanged(w, r, m.Digest.String()) {
 		return
 	}
 	w.Header().Set("Content-Type", m.MediaType)
-	writeSpan(w, registryproxy.ByteRange{Length: m.Size}, false, m.Size)
+	registryproxy.Selection{Size: m.Size}.WriteHeader(w)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(m.Body) // whoever went away needs no answer
 	}

@@ -137,12 +137,10 @@ func (n *Supernode) serveBlob(w http.ResponseWriter, r *http.Request, route regi
 // begin names the blob in the answer, and returns what r wants of it, or has
 // answered where that is nothing.
 func (n *Supernode) begin(w http.ResponseWriter, r *http.Request, digest string, size int64) (s registryproxy.Selection, done bool) {
-	etag := blobHeader(w, digest)
-	if registryproxy.NotModified(r.Header, etag) {
-		w.WriteHeader(http.StatusNotModified)
+	if unchanged(w, r, digest) {
 		return s, true
 	}
-	s, err := registryproxy.Select(r.Header, etag, size)
+	s, err := registryproxy.Select(r.Header, w.Header().Get("Etag"), size)
 	if err != nil {
 		registryproxy.WriteRangeNotSatisfiable(w, size)
 	}
@@ -160,12 +158,17 @@ func (n *Supernode) send(w http.ResponseWriter, r *http.Request, wanted registry
 	}
 }
 
-// blobHeader names what is in the answer, and returns its etag.
-func blobHeader(w http.ResponseWriter, digest string) (etag string) {
-	etag = strconv.Quote(digest)
+// unchanged names the content in the answer, and tells whether r's caller has it
+// already, which then is the answer.
+func unchanged(w http.ResponseWriter, r *http.Request, digest string) bool {
+	etag := strconv.Quote(digest)
 	w.Header().Set("Docker-Content-Digest", digest)
 	w.Header().Set("Etag", etag)
-	return etag
+	if !registryproxy.NotModified(r.Header, etag) {
+		return false
+	}
+	w.WriteHeader(http.StatusNotModified)
+	return true
 }
 
 // headBlob tells of a blob what the cache knows, else what the registry says.
@@ -187,12 +190,11 @@ func (n *Supernode) headBlob(w http.ResponseWriter, r *http.Request, id pieces.T
 		n.fail(w, err)
 		return
 	}
-	if registryproxy.NotModified(r.Header, blobHeader(w, route.Reference)) {
-		w.WriteHeader(http.StatusNotModified)
+	if unchanged(w, r, route.Reference) {
 		return
 	}
 	if size >= 0 {
-		writeSpan(w, registryproxy.ByteRange{Length: size}, false, size)
+		registryproxy.Selection{Size: size}.WriteHeader(w)
 	}
 }
 
