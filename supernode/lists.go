@@ -78,6 +78,9 @@ func (s *lists) put(key proof, l list) {
 	const each = 1 << 10 // for what is not body
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if old, ok := s.known[key]; ok {
+		s.size -= len(old.body) + each
+	}
 	if s.size += len(l.body) + each; s.size > maxLists {
 		clear(s.known)
 		s.size = len(l.body) + each

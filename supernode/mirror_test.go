@@ -305,3 +305,18 @@ func TestAListTooLongToKeepIsPassedOn(t *testing.T) {
 	require.Equal(t, 200, got.status)
 	require.Equal(t, hexOf([]byte(long)), hexOf(got.body))
 }
+
+func TestListsAreBounded(t *testing.T) {
+	s := newLists(time.Hour)
+	body := make([]byte, maxList)
+	for range 3 * maxLists / maxList {
+		s.put(proof{1}, list{body: body})
+		require.LessOrEqual(t, s.size, 2*maxList, "one list is counted once")
+	}
+	s.put(proof{2}, list{})
+	require.Len(t, s.known, 2)
+	for i := range 3 * maxLists / maxList {
+		s.put(proof{byte(i)}, list{body: body})
+		require.LessOrEqual(t, len(s.known)*maxList, maxLists)
+	}
+}
