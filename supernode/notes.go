@@ -26,6 +26,7 @@ type note struct {
 	Name    string    `json:"name"`
 	Digest  string    `json:"digest,omitempty"`  // of a tag's manifest
 	Version string    `json:"version,omitempty"` // of what a URL gave: its validators
+	Own     bool      `json:"own,omitempty"`     // what a URL gave may be for who asked for it alone
 	Checked time.Time `json:"checked"`           // when the origin last said so
 }
 

@@ -262,3 +262,89 @@ func FuzzContentRange(f *testing.F) {
 		}
 	})
 }
+
+// personal serves each caller, told by a header, something of its own.
+func personal(t *testing.T, contents map[string][]byte, validators bool) (string, func(who string) api.Origin) {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		who := r.Header.Get("Cookie") + r.URL.Query().Get("sig")
+		if validators {
+			w.Header().Set("Etag", fmt.Sprintf("%q", who))
+		}
+		if r.Method == http.MethodGet {
+			_, _ = w.Write(contents[who])
+		}
+	}))
+	t.Cleanup(s.Close)
+	u := s.URL + "/me"
+	return string(pieces.URLTaskID(u)), func(who string) api.Origin {
+		return api.Origin{URL: u, Header: map[string][]string{"Cookie": {who}}}
+	}
+}
+
+// A URL may stand for something else for each who asks.
+func TestURLGivesEachCallerItsOwn(t *testing.T) {
+	contents := map[string][]byte{"alice": newBytes(300_000), "bob": newBytes(300_001), "": newBytes(300_002)}
+	for _, validators := range []bool{true, false} {
+		t.Run(fmt.Sprint("validators=", validators), func(t *testing.T) {
+			id, as := personal(t, contents, validators)
+			r := start(t, nil, t.TempDir(), nil) // where what is fresh is not asked for again for long
+			for i, who := range []string{"alice", "bob", "alice", "", "bob"} {
+				h := dial(t, r, fmt.Sprint("h", i))
+				_, no := h.join(id, as(who))
+				require.Nil(t, no)
+				require.Equal(t, hexOf(contents[who]), hexOf(h.content(id)), "%d: %q gets what is another's", i, who)
+				require.Eventually(t, func() bool { return r.origin.find(pieces.TaskID(id)) == nil }, wait, poll)
+			}
+		})
+	}
+}
+
+// A signature that is left out of the name may say who asks.
+func TestSignedURLWithoutValidatorsGivesEachCallerItsOwn(t *testing.T) {
+	contents := map[string][]byte{"alice": newBytes(300_000), "bob": newBytes(300_001)}
+	_, as := personal(t, contents, false)
+	r := start(t, nil, t.TempDir(), nil)
+	for i, who := range []string{"alice", "bob", "alice"} {
+		u := as("").URL + "?sig=" + who
+		name, ignore := pieces.SignedURLTaskID(u, []string{"sig"})
+		id := string(name)
+		h := dial(t, r, fmt.Sprint("h", i))
+		_, no := h.join(id, api.Origin{URL: u, Ignore: ignore})
+		require.Nil(t, no)
+		require.Equal(t, hexOf(contents[who]), hexOf(h.content(id)), "%d: %q gets what is another's", i, who)
+		require.Eventually(t, func() bool { return r.origin.find(pieces.TaskID(id)) == nil }, wait, poll)
+	}
+}
+
+// Who may read one thing on a host may not read all there is.
+func TestAnotherURLOfAHostProvesNothing(t *testing.T) {
+	secret := newBytes(300_000)
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/public" || r.URL.RawQuery == "public":
+			_, _ = w.Write(newBytes(300_001))
+		case r.Header.Get("Authorization") != "alice":
+			w.WriteHeader(http.StatusForbidden)
+		default:
+			_, _ = w.Write(secret)
+		}
+	}))
+	t.Cleanup(s.Close)
+	r := start(t, nil, t.TempDir(), nil)
+	id := digest.FromBytes(secret).String()
+	alice, eve := dial(t, r, "alice"), dial(t, r, "eve")
+	_, no := alice.join(id, api.Origin{URL: s.URL + "/secret", Header: map[string][]string{"Authorization": {"alice"}}})
+	require.Nil(t, no)
+	require.Equal(t, hexOf(secret), hexOf(alice.content(id)))
+	require.Eventually(t, func() bool { return r.origin.find(pieces.TaskID(id)) == nil }, wait, poll)
+	_, no = eve.join(id, api.Origin{URL: s.URL + "/secret"})
+	require.NotNil(t, no)
+	_, no = eve.join(id, api.Origin{URL: s.URL + "/public"})
+	require.NotNil(t, no, "another's content for a URL that does not have it")
+	own := s.URL + "/secret?public"
+	_, no = eve.join(digest.FromBytes(newBytes(300_001)).String(), api.Origin{URL: own})
+	require.Nil(t, no)
+	_, no = eve.join(id, api.Origin{URL: own})
+	require.NotNil(t, no, "another's content for a URL of another length")
+}

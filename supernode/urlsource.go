@@ -2,6 +2,8 @@ package supernode
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -41,8 +43,12 @@ type web struct {
 	log    *zap.Logger
 
 	mu     sync.Mutex // guards proofs
-	proofs map[proof]time.Time
+	proofs map[proof]proved
 }
+
+// proved says when a request has succeeded, and of which content: what a URL
+// without a digest stands for is told apart by note.Checked, when it was brought.
+type proved struct{ at, content time.Time }
 
 func newWeb(stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
 	var protocols http.Protocols
@@ -62,7 +68,7 @@ func newWeb(stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
 			},
 		},
 		stall: stall, fresh: fresh, seen: seen, log: log,
-		proofs: map[proof]time.Time{},
+		proofs: map[proof]proved{},
 	}
 }
 
@@ -88,25 +94,26 @@ func redirect(to *http.Request, via []*http.Request) error {
 }
 
 // prove notes that a request has just succeeded.
-func (w *web) prove(p proof) {
+func (w *web) prove(p proof, content time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := time.Now()
 	if len(w.proofs) >= maxProofs {
-		maps.DeleteFunc(w.proofs, func(_ proof, at time.Time) bool { return now.Sub(at) > proofLife })
+		maps.DeleteFunc(w.proofs, func(_ proof, of proved) bool { return now.Sub(of.at) > proofLife })
 		if len(w.proofs) >= maxProofs {
 			clear(w.proofs)
 		}
 	}
-	w.proofs[p] = now
+	w.proofs[p] = proved{now, content}
 }
 
-// proved tells whether a request has succeeded within the time given.
-func (w *web) proved(p proof, within time.Duration) bool {
+// proved tells whether a request has succeeded within the time given, of that
+// content.
+func (w *web) proved(p proof, content time.Time, within time.Duration) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	at, ok := w.proofs[p]
-	return ok && time.Since(at) < within
+	of, ok := w.proofs[p]
+	return ok && of.content.Equal(content) && time.Since(of.at) < within
 }
 
 // urlSource is the content of a URL.
@@ -116,6 +123,7 @@ type urlSource struct {
 	url    *url.URL
 	header http.Header
 	proof  proof
+	own    bool // the request, or its signature, says who asks: others may be given something else
 }
 
 // hopHeaders of a caller's request are not the origin's business.
@@ -132,16 +140,18 @@ func (w *web) source(id pieces.TaskID, o api.Origin) (*urlSource, error) {
 	if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "" || len(raw) > 8<<10 {
 		return nil, errors.New("the URL must begin with http:// or https:// and name a host")
 	}
-	if named, _ := pieces.SignedURLTaskID(raw, o.Ignore); id.Content() == "" && named != id {
+	named, without := pieces.SignedURLTaskID(raw, o.Ignore)
+	if id.Content() == "" && named != id {
 		return nil, errors.New("the task's id is not that of the URL")
 	}
-	s := &urlSource{web: w, id: id, url: u, header: http.Header{}}
-	parts, size := []string{"url", raw}, 0
+	s := &urlSource{web: w, id: id, url: u, header: http.Header{}, own: len(without) > 0}
+	parts, size := []string{"url", string(id), raw}, 0
 	for _, k := range slices.Sorted(maps.Keys(header)) {
 		name := textproto.CanonicalMIMEHeaderKey(k)
 		if slices.Contains(hopHeaders, name) {
 			continue
 		}
+		s.own = s.own || name != "Accept" && name != "User-Agent"
 		for _, v := range header[k] {
 			parts, size = append(parts, name, v), size+len(k)+len(v)
 			s.header.Add(name, v)
@@ -155,8 +165,19 @@ func (w *web) source(id pieces.TaskID, o api.Origin) (*urlSource, error) {
 }
 
 func (s *urlSource) name() string { return "" }
-func (s *urlSource) from() string { return s.url.Scheme + "://" + s.url.Host }
-func (s *urlSource) key() proof   { return s.proof }
+
+// from is the host where the task's id says what is asked for there. A digest
+// does not: who may read one path of a host may not read all others.
+func (s *urlSource) from() string {
+	host := s.url.Scheme + "://" + s.url.Host
+	if s.id.Content() == "" {
+		return host
+	}
+	sum := sha256.Sum256([]byte(s.url.EscapedPath())) // it is written down, and may be a secret
+	return host + " " + hex.EncodeToString(sum[:])
+}
+
+func (s *urlSource) key() proof { return s.proof }
 
 func (s *urlSource) continues(b *body) bool {
 	v, ok := s.seen.get(string(s.id))
@@ -165,11 +186,13 @@ func (s *urlSource) continues(b *body) bool {
 
 // opened notes what the URL stands for now. A restart knows it as well.
 func (s *urlSource) opened(b *body) bool {
-	s.prove(s.proof)
 	if s.id.Content() != "" {
+		s.prove(s.proof, time.Time{})
 		return false
 	}
-	if err := s.seen.put(note{Name: string(s.id), Version: b.version, Checked: time.Now()}); err != nil {
+	now := note{Name: string(s.id), Version: b.version, Own: s.own, Checked: time.Now()}
+	s.prove(s.proof, now.Checked)
+	if err := s.seen.put(now); err != nil {
 		s.log.Warn("version of a URL is not kept", zap.Error(err))
 	}
 	return false
@@ -177,14 +200,18 @@ func (s *urlSource) opened(b *body) bool {
 
 // allowed asks the origin whether the caller may read the URL and, where the
 // id does not say what the content is, whether it is still the same. A URL
-// without validators is fetched again when what there is of it is old.
+// without validators is fetched again when what there is of it is old, or may
+// be meant for who asked for it.
 func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error) {
 	named := s.id.Content() != ""
 	within := proofLife
+	var v note
+	known := named
 	if !named {
 		within = s.fresh
+		v, known = s.seen.get(string(s.id))
 	}
-	if s.proved(s.proof, within) {
+	if s.proved(s.proof, v.Checked, within) {
 		return false, nil
 	}
 	b, err := s.ask(ctx, http.MethodHead, "")
@@ -195,15 +222,21 @@ func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error
 		return false, err
 	}
 	_ = b.Close()
-	if !named {
-		v, ok := s.seen.get(string(s.id))
-		old := b.version == "" && time.Since(v.Checked) > proofLife
-		if !ok || old || v.Version != b.version || (b.length >= 0 && b.length != c.Layout().Length) {
-			return false, errChanged
-		}
+	other := b.length >= 0 && b.length != c.Layout().Length
+	switch {
+	case named && other:
+		return false, errOthers
+	case !known || !named && (other || v.Version != b.version || b.version == "" && !s.lasts(v)):
+		return false, errChanged
 	}
-	s.prove(s.proof)
+	s.prove(s.proof, v.Checked)
 	return false, nil
+}
+
+// lasts tells whether what a URL without validators gave is what it gives this
+// caller.
+func (s *urlSource) lasts(v note) bool {
+	return time.Since(v.Checked) <= proofLife && (!v.Own && !s.own || s.proved(s.proof, v.Checked, proofLife))
 }
 
 func (s *urlSource) open(ctx context.Context, off, _ int64) (*body, error) {
