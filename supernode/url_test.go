@@ -1,6 +1,7 @@
 package supernode
 
 import (
+	"bytes"
 	"crypto/rand"
 	"fmt"
 	"net/http"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
@@ -323,11 +325,11 @@ func TestAnotherURLOfAHostProvesNothing(t *testing.T) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.URL.Path == "/public" || r.URL.RawQuery == "public":
-			_, _ = w.Write(newBytes(300_001))
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(newBytes(300_001)))
 		case r.Header.Get("Authorization") != "alice":
 			w.WriteHeader(http.StatusForbidden)
 		default:
-			_, _ = w.Write(secret)
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(secret))
 		}
 	}))
 	t.Cleanup(s.Close)
