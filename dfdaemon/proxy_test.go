@@ -232,9 +232,20 @@ func TestProxyTunnels(t *testing.T) {
 	require.Equal(t, "end to end", got)
 	require.Equal(t, 1, p.count(t, "tunnel"))
 
-	began := time.Now() // the tunnel is open still
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", p.address)
+	require.NoError(t, err)
+	defer func() { _ = conn.Close() }()
+	host := strings.TrimPrefix(g.URL, "https://")
+	_, err = fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", host, host)
+	require.NoError(t, err)
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
+	require.Equal(t, http.StatusOK, resp.StatusCode)
 	require.NoError(t, p.end())
-	require.Less(t, time.Since(began), drainTime, "it waited for a tunnel")
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(waitLimit)))
+	_, err = conn.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF, "a tunnel has outlived its proxy")
 }
 
 // authority makes one in files, and what trusts it.
