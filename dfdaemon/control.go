@@ -2,16 +2,13 @@ package dfdaemon
 
 import (
 	"encoding/json"
-	"errors"
 	"net/http"
 	"time"
 
 	"github.com/gin-gonic/gin"
-	"go.uber.org/zap"
 
 	"damselfly.dev/dfget"
 	"damselfly.dev/pieces"
-	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
 )
 
@@ -98,23 +95,4 @@ func (c *control) content(g *gin.Context) {
 	if err := c.m.url(w, g.Request, request, nil); err != nil {
 		refuse(g, http.StatusBadGateway, api.CodeUnavailable, err.Error())
 	}
-}
-
-// url answers with what a URL names. An error is one of which nothing has been
-// answered.
-func (m *mirror) url(w *reply, r *http.Request, request dfget.Request, asked http.Header) error {
-	d := delivery{peer: m.peer, request: request, asked: asked, header: http.Header{"Content-Type": {octets}}, head: r.Method == http.MethodHead}
-	err := d.serve(r.Context(), w)
-	no, refused := errors.AsType[*dfget.RefusedError](err)
-	switch {
-	case err == nil:
-	case r.Context().Err() != nil || w.started():
-		panic(http.ErrAbortHandler) // a part must not be taken for the whole
-	case refused: // without api.ErrorHeader: these are the origin's words
-		(&registryproxy.Refusal{Status: no.Status, Header: no.Header, Body: no.Body}).Relay(w)
-	default:
-		m.log.Warn("neither the region nor the origin answers", zap.Error(err))
-		return err
-	}
-	return nil
 }

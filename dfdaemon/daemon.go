@@ -1,5 +1,5 @@
-// Package dfdaemon is a host's agent: the mirror that engines pull through and
-// the control socket, on top of the peer.
+// Package dfdaemon is a host's agent: the mirror that engines pull through, the
+// forward proxy and the control socket, on top of the peer.
 package dfdaemon
 
 import (
@@ -39,7 +39,7 @@ type Daemon struct {
 	log     *zap.Logger
 	store   *pieces.Store
 	peer    *dfget.Peer
-	addr    map[string]net.Addr // of the TCP listeners, by setting
+	addr    map[string]string // host:port of the TCP listeners, by setting
 	servers []*server
 	ready   atomic.Bool // Run serves and is not about to end
 }
@@ -57,7 +57,7 @@ func New(cfg Config, log *zap.Logger, reg *prometheus.Registry) (*Daemon, error)
 		return nil, err
 	}
 	gin.SetMode(gin.ReleaseMode) // gin's debug mode writes to the standard output
-	d := &Daemon{log: log, addr: map[string]net.Addr{}}
+	d := &Daemon{log: log, addr: map[string]string{}}
 	err := d.openStore(cfg)
 	if err == nil {
 		err = d.open(cfg, reg)
@@ -147,14 +147,6 @@ func (d *Daemon) openProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer
 	return nil
 }
 
-// ProxyAddr returns host:port of the forward proxy, "" for none.
-func (d *Daemon) ProxyAddr() string {
-	if a := d.addr[proxyListen]; a != nil {
-		return a.String()
-	}
-	return ""
-}
-
 // openPeer makes the peer, and its listener if it is to have one.
 func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 	peer := dfget.PeerConfig{
@@ -185,7 +177,7 @@ func (d *Daemon) listen(addr, setting string) (*server, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: choose another address with --%s", err, setting)
 	}
-	d.addr[setting] = ln.Addr()
+	d.addr[setting] = ln.Addr().String()
 	return d.add(ln), nil
 }
 
@@ -200,15 +192,13 @@ func (d *Daemon) add(ln net.Listener) *server {
 }
 
 // MirrorAddr returns host:port that engines pull from.
-func (d *Daemon) MirrorAddr() string { return d.addr[mirrorListen].String() }
+func (d *Daemon) MirrorAddr() string { return d.addr[mirrorListen] }
 
 // PeerAddr returns host:port where other hosts get pieces, "" for none.
-func (d *Daemon) PeerAddr() string {
-	if a := d.addr[peerListen]; a != nil {
-		return a.String()
-	}
-	return ""
-}
+func (d *Daemon) PeerAddr() string { return d.addr[peerListen] }
+
+// ProxyAddr returns host:port of the forward proxy, "" for none.
+func (d *Daemon) ProxyAddr() string { return d.addr[proxyListen] }
 
 // Run serves until ctx ends, gives running answers a few seconds more, and closes
 // everything.

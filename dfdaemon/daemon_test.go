@@ -151,7 +151,7 @@ func TestSocketTellsTheState(t *testing.T) {
 
 func TestHealth(t *testing.T) {
 	d, _ := run(t, testConfig(t))
-	base := "http://" + d.addr[metricsListen].String()
+	base := "http://" + d.addr[metricsListen]
 	require.Eventually(t, d.ready.Load, waitLimit, waitTick)
 	resp, _ := get(t, base+"/readyz")
 	require.Equal(t, http.StatusOK, resp.StatusCode)
@@ -222,7 +222,7 @@ func TestEnginesMayHangUp(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, engine.Close())
 	require.Eventually(t, func() bool {
-		_, b := get(t, "http://"+agent.addr[metricsListen].String()+"/metrics")
+		_, b := get(t, "http://"+agent.addr[metricsListen]+"/metrics")
 		return bytes.Contains(b, []byte(`damselfly_mirror_requests_total{kind="blob",result="gone"} 1`))
 	}, waitLimit, waitTick)
 }

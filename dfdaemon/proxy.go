@@ -136,19 +136,22 @@ func newProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) (p *proxy, 
 	}
 	p.forward = &httputil.ReverseProxy{
 		Rewrite: p.rewrite, Transport: p, FlushInterval: -1, ErrorLog: errorLog,
-		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
-			http.Error(w, "damselfly: "+reason(err), http.StatusBadGateway)
-		},
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { badGateway(w, err) },
 	}
 	return p, reg.Register(p.requests)
 }
 
-// reason is an error without the URL, whose query may be a secret.
-func reason(err error) string {
+// badGateway answers where nobody gives what was asked for.
+func badGateway(w http.ResponseWriter, err error) {
+	http.Error(w, "damselfly: "+withoutURL(err).Error(), http.StatusBadGateway)
+}
+
+// withoutURL is an error without the URL, whose query may be a secret.
+func withoutURL(err error) error {
 	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err
+		return e.Err
 	}
-	return err.Error()
+	return err
 }
 
 // RoundTrip implements http.RoundTripper, for forward.
@@ -294,16 +297,8 @@ func (p *proxy) rewrite(out *httputil.ProxyRequest) {
 // swarm answers with the region's help; false when this is nothing for it, and
 // nothing has been answered.
 func (p *proxy) swarm(w *reply, r *http.Request, u *url.URL) bool {
-	if path, ok := strings.CutPrefix(u.Path, "/v2/"); ok {
-		route, err := registryproxy.ParseRoute(r.Method, path, u.Host, "")
-		switch {
-		case err != nil || route.Kind != registryproxy.KindBlob && route.Kind != registryproxy.KindManifest:
-			return false // the registry knows best what to say
-		case !p.mirror.registry.Reaches(u):
-			return false
-		}
-		p.mirror.handle(w, r, route, nil)
-		return true
+	if strings.HasPrefix(u.Path, "/v2/") {
+		return p.mirror.pull(w, r, u) // to all else the registry knows best what to say
 	}
 	if r.Method != http.MethodGet {
 		return false
@@ -313,7 +308,7 @@ func (p *proxy) swarm(w *reply, r *http.Request, u *url.URL) bool {
 		return false
 	}
 	if err := p.mirror.url(w, r, request, r.Header); err != nil {
-		http.Error(w, "damselfly: "+reason(err), http.StatusBadGateway)
+		badGateway(w, err)
 	}
 	return true
 }

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -77,10 +76,7 @@ func (y *relay) ask(r *http.Request, route registryproxy.Route) (*answer, error)
 	}
 	resp, err := y.client.Do(out)
 	if err != nil {
-		if e, ok := errors.AsType[*url.Error](err); ok {
-			err = e.Err // without the URL: its query is the caller's
-		}
-		return nil, fmt.Errorf("ask the supernode: %w", err)
+		return nil, fmt.Errorf("ask the supernode: %w", withoutURL(err))
 	}
 	defer func() { _ = resp.Body.Close() }()
 	a, err := read(resp, route)
@@ -130,8 +126,8 @@ func (a *answer) check(route registryproxy.Route, length int64) error {
 		return errors.New("it has no length")
 	}
 	a.header.Set("Content-Length", strconv.FormatInt(length, 10))
-	if e := a.header.Get("Content-Encoding"); e != "" {
-		return fmt.Errorf("it is encoded")
+	if a.header.Get("Content-Encoding") != "" {
+		return errors.New("it is encoded")
 	}
 	if route.Kind != registryproxy.KindManifest && route.Kind != registryproxy.KindBlob {
 		return nil

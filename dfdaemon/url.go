@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/gin-gonic/gin"
+	"go.uber.org/zap"
 
 	"damselfly.dev/dfget"
 	"damselfly.dev/registryproxy"
@@ -92,7 +93,7 @@ func (m *mirror) named(c *gin.Context) bool {
 	if ours, ok := errors.AsType[*registryproxy.Error](err); ok {
 		registryproxy.WriteError(w, ours)
 	} else if err != nil {
-		http.Error(w, "damselfly: "+reason(err), http.StatusBadGateway)
+		badGateway(w, err)
 	}
 	return true
 }
@@ -104,12 +105,8 @@ func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return &registryproxy.Error{Status: http.StatusMethodNotAllowed, Code: registryproxy.CodeUnsupported, Message: "what a URL names is only read here"}
 	}
-	if path, ok := strings.CutPrefix(u.Path, "/v2/"); ok && m.registry.Reaches(u) {
-		route, err := registryproxy.ParseRoute(r.Method, path, u.Host, "")
-		if err == nil && (route.Kind == registryproxy.KindBlob || route.Kind == registryproxy.KindManifest) {
-			m.handle(w, r, route, nil)
-			return nil
-		}
+	if m.pull(w, r, u) {
+		return nil
 	}
 	if !mayReach(m.ports, hostOf(u.Host, u.Scheme)) {
 		return &registryproxy.Error{Status: http.StatusForbidden, Code: "DENIED", Message: "this port is not one of proxy-ports"}
@@ -119,6 +116,40 @@ func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
 		return &registryproxy.Error{Status: http.StatusBadRequest, Code: registryproxy.CodeUnsupported, Message: err.Error()}
 	}
 	return m.url(w, r, request, r.Header)
+}
+
+// pull answers with the blob or manifest of a registry that u names; false when it
+// names none, or would be asked for less safely, and nothing has been answered.
+func (m *mirror) pull(w *reply, r *http.Request, u *url.URL) bool {
+	path, ok := strings.CutPrefix(u.Path, "/v2/")
+	if !ok || !m.registry.Reaches(u) {
+		return false
+	}
+	route, err := registryproxy.ParseRoute(r.Method, path, u.Host, "")
+	if err != nil || route.Kind != registryproxy.KindBlob && route.Kind != registryproxy.KindManifest {
+		return false
+	}
+	m.handle(w, r, route, nil)
+	return true
+}
+
+// url answers with what a URL names. An error is one of which nothing has been
+// answered.
+func (m *mirror) url(w *reply, r *http.Request, request dfget.Request, asked http.Header) error {
+	d := delivery{peer: m.peer, request: request, asked: asked, header: http.Header{"Content-Type": {octets}}, head: r.Method == http.MethodHead}
+	err := d.serve(r.Context(), w)
+	no, refused := errors.AsType[*dfget.RefusedError](err)
+	switch {
+	case err == nil:
+	case r.Context().Err() != nil || w.started():
+		panic(http.ErrAbortHandler) // a part must not be taken for the whole
+	case refused: // without api.ErrorHeader: these are the origin's words
+		(&registryproxy.Refusal{Status: no.Status, Header: no.Header, Body: no.Body}).Relay(w)
+	default:
+		m.log.Warn("neither the region nor the origin answers", zap.Error(err))
+		return err
+	}
+	return nil
 }
 
 // urlRequest asks for what u names with what of the caller's header may matter.
