@@ -16,6 +16,10 @@ import (
 // still in the processor's cache.
 const hashStep = 128 << 10
 
+// fewPieces is of how many pieces a whole content may be whose digests stay in
+// memory when nobody uses it: a manifest is used often, and for moments.
+const fewPieces = 4
+
 // DigestError says that bytes were not those of the piece they were sent as.
 type DigestError struct {
 	Task  TaskID
@@ -113,7 +117,9 @@ func (c *Content) release() {
 		return
 	}
 	t.mu.Lock()
-	t.digests = nil
+	if t.layout.Count() > fewPieces || !t.have.Full() {
+		t.digests = nil
+	}
 	t.mu.Unlock()
 	if t.lastUse.Sub(t.stamped) >= stampAfter {
 		t.stamped = t.lastUse

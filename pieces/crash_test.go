@@ -319,17 +319,25 @@ func TestGapEndsCompleteness(t *testing.T) {
 }
 
 // TestRecordDamagedWhileOpen: the digests of a task nobody has pinned are on the
-// disk alone; without them it is dropped.
+// disk alone, but for those of few pieces; without them it is dropped.
 func TestRecordDamagedWhileOpen(t *testing.T) {
 	dir := t.TempDir()
-	b, m := blob(56, MinPieceSize)
+	few, small := blob(55, fewPieces*MinPieceSize)
+	b, m := blob(56, (fewPieces+1)*MinPieceSize)
 	s := open(t, dir, StoreConfig{})
 	put(t, s, m, b)
-	if err := os.Truncate(filepath.Join(dir, taskDir(m.ID), recordName), 0); err != nil {
-		t.Fatal(err)
+	put(t, s, small, few)
+	for _, id := range []TaskID{m.ID, small.ID} {
+		if err := os.Truncate(filepath.Join(dir, taskDir(id), recordName), 0); err != nil {
+			t.Fatal(err)
+		}
 	}
 	_, err := s.Get(m.ID)
 	wantErr(t, err, ErrNotFound)
+	get(t, s, small.ID).Release()
+	if err := s.Remove(small.ID); err != nil {
+		t.Fatal(err)
+	}
 	if u := s.Usage(); u.Tasks != 0 {
 		t.Errorf("usage %+v", u)
 	}
