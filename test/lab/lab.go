@@ -48,6 +48,8 @@ type Config struct {
 	// Loopback makes hosts of loopback addresses: no root, no namespaces, no
 	// shaping, and links that cannot be cut.
 	Loopback bool
+	// IPv6 gives the hosts IPv6 addresses and none of IPv4, also on loopback.
+	IPv6 bool
 	// ZoneLink is the rate each way of the link between a zone and all that is
 	// outside of it; zero means unshaped.
 	ZoneLink Rate
@@ -103,6 +105,9 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	}
 	if cfg.MTU == 0 {
 		cfg.MTU = 9000
+	}
+	if cfg.IPv6 && cfg.Loopback {
+		return nil, errors.New("hosts of loopback addresses are on IPv4")
 	}
 	if cfg.MTU < 1280 {
 		return nil, fmt.Errorf("mtu %d is below 1280", cfg.MTU)
@@ -164,6 +169,9 @@ func (l *Lab) AddHost(ctx context.Context, cfg HostConfig) (*Host, error) {
 	}
 	low, high := byte(index%250+1), byte(index/250) //nolint:gosec // G115: an index is below 2^16
 	h.ip, h.local = netip.AddrFrom4([4]byte{10, 77, high, low}), netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if l.cfg.IPv6 {
+		h.ip, h.local = netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x77, 14: high, 15: low}), netip.IPv6Loopback()
+	}
 	if l.cfg.Loopback {
 		h.ip = netip.AddrFrom4([4]byte{127, 77, high, low})
 		h.local = h.ip

@@ -163,6 +163,17 @@ func TestZones(t *testing.T) {
 	checkRate(t, "into a zone", none, b1, 20*Mbit)
 }
 
+func TestIPv6(t *testing.T) {
+	l := newLab(t, Config{Dir: t.TempDir(), IPv6: true, Hosts: []HostConfig{{Name: "a"}, {Name: "b"}}})
+	a, b := l.Host("a"), l.Host("b")
+	send(t, a, b, 1000)
+	send(t, b, a, 1000)
+	if listener, err := a.Listen(t.Context(), "tcp", "127.0.0.1:0"); err == nil {
+		listener.Close()
+		t.Error("the host has an address of IPv4")
+	}
+}
+
 func TestUnplug(t *testing.T) {
 	l := newLab(t, Config{Dir: t.TempDir(), Hosts: []HostConfig{{Name: "a"}}})
 	b, err := l.AddHost(t.Context(), HostConfig{Name: "b"})

@@ -59,7 +59,7 @@ func (l *Lab) makeSwitch(ctx context.Context) error {
 	if err := ip(ctx, "", "netns add "+l.switchName()); err != nil {
 		return err
 	}
-	if err := prepareNamespace(l.switchName()); err != nil {
+	if err := prepareNamespace(l.switchName(), false); err != nil {
 		return err
 	}
 	return ip(ctx, l.switchName(),
@@ -103,10 +103,14 @@ func switched(rate Rate) string {
 }
 
 // prepareNamespace sets what a new namespace shall not have from this machine.
-func prepareNamespace(name string) error {
+func prepareNamespace(name string, ipv6 bool) error {
+	disabled := "1"
+	if ipv6 {
+		disabled = "0"
+	}
 	for setting, value := range map[string]string{
-		"ipv6/conf/default/disable_ipv6": "1",
-		"ipv6/conf/all/disable_ipv6":     "1",
+		"ipv6/conf/default/disable_ipv6": disabled,
+		"ipv6/conf/all/disable_ipv6":     disabled,
 		// A switch does not filter, whatever other bridges of the machine do.
 		"bridge/bridge-nf-call-iptables":  "0",
 		"bridge/bridge-nf-call-ip6tables": "0",
@@ -133,7 +137,7 @@ func (h *Host) plug(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := prepareNamespace(h.namespace()); err != nil {
+	if err := prepareNamespace(h.namespace(), l.cfg.IPv6); err != nil {
 		return err
 	}
 	if err := setCongestionControl(h.namespace()); err != nil {
@@ -143,9 +147,13 @@ func (h *Host) plug(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = ip(ctx, h.namespace(), "link set lo up", fmt.Sprintf("address add %s/16 dev eth0", h.ip),
-		fmt.Sprintf("link set eth0 gso_max_size %d up", gsoSize))
-	if err != nil {
+	lines := []string{"link set lo up", fmt.Sprintf("link set eth0 gso_max_size %d up", gsoSize)}
+	if l.cfg.IPv6 {
+		lines = append(lines, "address del 127.0.0.1/8 dev lo", fmt.Sprintf("address add %s/64 dev eth0 nodad", h.ip))
+	} else {
+		lines = append(lines, fmt.Sprintf("address add %s/16 dev eth0", h.ip))
+	}
+	if err := ip(ctx, h.namespace(), lines...); err != nil {
 		return err
 	}
 	h.group = makeGroup(l.id, h.cfg.Name)
