@@ -81,5 +81,25 @@ build() {
 	done
 }
 
+# What stands in tools/clients/go.mod, which pins it.
+clients="$(cd "$(dirname "$0")/../tools/clients" && pwd)"
+sum="clients-$(cksum <"$clients/go.mod" | cut -d ' ' -f 1)"
+for command in oras.land/oras/cmd/oras github.com/regclient/regclient/cmd/regctl; do
+	name="${command##*/}"
+	if [ ! -x "$bin/$sum/$name" ]; then
+		echo "building $name"
+		mkdir -p "$bin/$sum"
+		log="$(mktemp)"
+		if ! GOFLAGS='' CGO_ENABLED=0 go build -C "$clients" -o "$bin/$sum/$name.new" "$command" >"$log" 2>&1; then
+			grep -v '^go: downloading' "$log" >&2
+			rm -f "$log"
+			exit 1
+		fi
+		rm -f "$log"
+		mv "$bin/$sum/$name.new" "$bin/$sum/$name"
+	fi
+	ln -sfn "$sum/$name" "$bin/$name"
+done
+
 build "$crane" github.com/google/go-containerregistry /cmd/crane
 build "$containerd" github.com/containerd/containerd/v2 /cmd/containerd /cmd/ctr

@@ -3,10 +3,7 @@
 package engines
 
 import (
-	"archive/tar"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,9 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -34,7 +29,7 @@ type docker struct {
 	client  *http.Client
 }
 
-func startDocker(ctx context.Context, h *lab.Host, mirror string) (*docker, error) {
+func startDocker(ctx context.Context, h *lab.Host, mirror, hosts string) (*docker, error) {
 	dir := filepath.Join(h.Dir(), "docker")
 	config := fmt.Sprintf(`{"deprecated-key-path": %q}`, filepath.Join(dir, "key.json")) // else it is made in /etc
 	err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "daemon.json"), []byte(config), 0o600))
@@ -42,7 +37,7 @@ func startDocker(ctx context.Context, h *lab.Host, mirror string) (*docker, erro
 		return nil, err
 	}
 	socket := filepath.Join(dir, "sock")
-	p, err := h.Start("dockerd", private(dockerd, "--config-file", filepath.Join(dir, "daemon.json"),
+	p, err := h.Start("dockerd", private(hosts, dockerd, "--config-file", filepath.Join(dir, "daemon.json"),
 		"--data-root", filepath.Join(dir, "data"), "--exec-root", filepath.Join(dir, "exec"), "--pidfile", filepath.Join(dir, "pid"),
 		"--host", "unix://"+socket, "--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false",
 		"--registry-mirror", mirror))
@@ -90,11 +85,19 @@ func (d *docker) call(ctx context.Context, method, path string) (io.ReadCloser, 
 // pullDocker pulls app, which dockerd takes for an image of docker.io, the only
 // registry it has mirrors for.
 func pullDocker(ctx context.Context, h *lab.Host, mirror, _ string, img v1.Image) error {
-	d, err := startDocker(ctx, h, mirror)
+	d, err := startDocker(ctx, h, mirror, "")
 	if err != nil {
 		return err
 	}
+	defer d.process.Kill() // it takes ten seconds to stop by itself
 	name, tag, _ := strings.Cut(app, ":")
+	if err := d.pull(ctx, name, tag); err != nil {
+		return err
+	}
+	return d.verify(ctx, app, img)
+}
+
+func (d *docker) pull(ctx context.Context, name, tag string) error {
 	body, err := d.call(ctx, http.MethodPost, "/images/create?"+url.Values{"fromImage": {name}, "tag": {tag}}.Encode())
 	if err != nil {
 		return err
@@ -103,7 +106,7 @@ func pullDocker(ctx context.Context, h *lab.Host, mirror, _ string, img v1.Image
 	for events := json.NewDecoder(body); ; {
 		var event struct{ Error string }
 		if err := events.Decode(&event); errors.Is(err, io.EOF) {
-			break
+			return nil
 		} else if err != nil {
 			return err
 		}
@@ -111,58 +114,14 @@ func pullDocker(ctx context.Context, h *lab.Host, mirror, _ string, img v1.Image
 			return fmt.Errorf("dockerd says %s", event.Error)
 		}
 	}
-	defer d.process.Kill() // it takes ten seconds to stop by itself
-	return d.verify(ctx, img)
 }
 
 // verify holds dockerd's image, as it would be exported, against img.
-func (d *docker) verify(ctx context.Context, img v1.Image) error {
-	body, err := d.call(ctx, http.MethodGet, "/images/"+app+"/get")
+func (d *docker) verify(ctx context.Context, name string, img v1.Image) error {
+	body, err := d.call(ctx, http.MethodGet, "/images/"+name+"/get")
 	if err != nil {
 		return err
 	}
 	defer body.Close()
-	config, err := img.ConfigName()
-	if err != nil {
-		return err
-	}
-	file, err := img.ConfigFile()
-	if err != nil {
-		return err
-	}
-	var want []string
-	for _, layer := range file.RootFS.DiffIDs {
-		want = append(want, layer.Hex)
-	}
-	var got []string
-	for export := tar.NewReader(body); ; {
-		header, err := export.Next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		isConfig := header.Name == config.Hex+".json"
-		if !isConfig && path.Base(header.Name) != "layer.tar" {
-			continue
-		}
-		hash := sha256.New()
-		if _, err := io.Copy(hash, export); err != nil {
-			return err
-		}
-		sum := hex.EncodeToString(hash.Sum(nil))
-		if isConfig && sum != config.Hex {
-			return fmt.Errorf("the configuration's digest is %s", sum)
-		}
-		if !isConfig {
-			got = append(got, sum)
-		}
-	}
-	slices.Sort(want)
-	slices.Sort(got)
-	if !slices.Equal(got, want) {
-		return fmt.Errorf("dockerd holds the layers %v in place of %v", got, want)
-	}
-	return nil
+	return exported(body, img)
 }

@@ -171,23 +171,25 @@ func containerd(c programs.Containerd) func(context.Context, *lab.Host, string, 
 
 func pullSkopeo(ctx context.Context, h *lab.Host, mirror, _ string, img v1.Image) error {
 	to := filepath.Join(h.Dir(), "skopeo")
-	return tool(ctx, h, to, img, private("/usr/bin/skopeo", "copy", "--insecure-policy", "--preserve-digests",
+	return tool(ctx, h, to, img, private("", "/usr/bin/skopeo", "copy", "--insecure-policy", "--preserve-digests",
 		"--src-tls-verify=false", "docker://"+byPath(mirror), "oci:"+to+":v1"))
 }
 
 func craneAt(crane string) func(context.Context, *lab.Host, string, string, v1.Image) error {
 	return func(ctx context.Context, h *lab.Host, mirror, _ string, img v1.Image) error {
 		to := filepath.Join(h.Dir(), "crane")
-		return tool(ctx, h, to, img, private(crane, "pull", "--insecure", "--format=oci", byPath(mirror), to))
+		return tool(ctx, h, to, img, private("", crane, "pull", "--insecure", "--format=oci", byPath(mirror), to))
 	}
 }
 
 // private is a command for a host that sees none of this machine's /opt, /run
-// and /var/lib, where some programs leave things whatever they are told. A
-// process of a lab has mounts of its own.
-func private(program string, args ...string) *exec.Cmd {
-	const script = `for dir in /opt /run /var/lib; do mount -t tmpfs lab $dir || exit; done; exec "$0" "$@"`
-	return exec.Command("sh", append([]string{"-c", script, program}, args...)...) //nolint:gosec // G204: programs of this file
+// and /var/lib, where some programs leave things whatever they are told, and has
+// the file hosts, unless that is "", for /etc/hosts. A process of a lab has
+// mounts of its own.
+func private(hosts, program string, args ...string) *exec.Cmd {
+	const script = `[ -z "$0" ] || mount --bind "$0" /etc/hosts || exit
+for dir in /opt /run /var/lib; do mount -t tmpfs lab $dir || exit; done; exec "$@"`
+	return exec.Command("sh", append([]string{"-c", script, hosts, program}, args...)...) //nolint:gosec // G204: programs of this file
 }
 
 // byPath is app's name for clients that know no mirrors.

@@ -14,7 +14,6 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -415,15 +414,10 @@ func pullConfigured(ctx context.Context, h *lab.Host, root, dir string, img v1.I
 	}
 	d := &docker{process: p, client: &http.Client{Transport: &http.Transport{DialContext: dial}}}
 	name, tag, _ := strings.Cut(app, ":")
-	body, err := d.call(ctx, http.MethodPost, "/images/create?"+url.Values{"fromImage": {name}, "tag": {tag}}.Encode())
-	if err != nil {
+	if err := d.pull(ctx, name, tag); err != nil {
 		return err
 	}
-	defer body.Close()
-	if said, err := io.ReadAll(body); err != nil || bytes.Contains(said, []byte(`"error"`)) {
-		return errors.Join(err, fmt.Errorf("dockerd says %s", said))
-	}
-	return d.verify(ctx, img)
+	return d.verify(ctx, app, img)
 }
 
 // pullPodman pulls with the host's registries.conf; podman verifies each digest,
@@ -442,12 +436,17 @@ func pullPodman(ctx context.Context, h *lab.Host, root, dir string, img v1.Image
 		return err
 	}
 	_, text, _ := strings.Cut(said.String(), "[")
+	return inspected([]byte("["+text), img)
+}
+
+// inspected holds what podman says of an image against it.
+func inspected(text []byte, img v1.Image) error {
 	var images []struct {
 		ID     string `json:"Id"`
 		RootFS struct{ Layers []v1.Hash }
 	}
-	if err := json.Unmarshal([]byte("["+text), &images); err != nil || len(images) != 1 {
-		return fmt.Errorf("podman says %s: %w", said, errors.Join(err, errors.ErrUnsupported))
+	if err := json.Unmarshal(text, &images); err != nil || len(images) != 1 {
+		return fmt.Errorf("podman says %s: %w", text, errors.Join(err, errors.ErrUnsupported))
 	}
 	config, err := img.ConfigName()
 	if err != nil {

@@ -22,6 +22,11 @@ const stopLimit = 10 * time.Second
 // Containerd says which containerd to run.
 type Containerd struct {
 	Daemon, Client string // paths of containerd and ctr
+	// Chunk lets a containerd 2 get each layer in ranges of so many bytes, several
+	// at once; 0 lets it get them whole.
+	Chunk int
+	Login string // user:password, "" for none
+	Hosts string // a file that it has for /etc/hosts, "" for this machine's
 }
 
 // DebianContainerd is containerd 1.6.
@@ -32,6 +37,15 @@ func DebianContainerd() Containerd {
 // NewContainerd is containerd 2, built from the Go module proxy into cache.
 func NewContainerd(cache string) Containerd {
 	return Containerd{Daemon: filepath.Join(cache, "bin", "containerd"), Client: filepath.Join(cache, "bin", "ctr")}
+}
+
+// command runs a program that has c's hosts.
+func (c Containerd) command(program string, args ...string) *exec.Cmd {
+	if c.Hosts == "" {
+		return exec.Command(program, args...)
+	}
+	args = append([]string{"-c", `mount --bind "$0" /etc/hosts && exec "$@"`, c.Hosts, program}, args...)
+	return exec.Command("sh", args...) //nolint:gosec // G204: as above
 }
 
 // A ContainerdEngine is a containerd that runs.
@@ -58,13 +72,13 @@ func (c Containerd) Start(ctx context.Context, h *lab.Host, mirror, registry str
 	err = errors.Join(
 		os.MkdirAll(filepath.Join(dir, "hosts", RegistryName), 0o755),
 		os.WriteFile(filepath.Join(dir, "hosts", RegistryName, "hosts.toml"), []byte(hosts), 0o644),
-		os.WriteFile(filepath.Join(dir, "config.toml"), []byte(containerdConfig(dir)), 0o644),
+		os.WriteFile(filepath.Join(dir, "config.toml"), []byte(c.config(dir)), 0o644),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("configure containerd: %w", err)
 	}
 	e := &ContainerdEngine{host: h, program: c, dir: dir}
-	e.process, err = h.Start(filepath.Base(dir), exec.Command(c.Daemon, "--config", filepath.Join(dir, "config.toml"))) //nolint:gosec // G204: paths from above
+	e.process, err = h.Start(filepath.Base(dir), c.command(c.Daemon, "--config", filepath.Join(dir, "config.toml")))
 	if err != nil {
 		return nil, err
 	}
@@ -75,10 +89,10 @@ func (c Containerd) Start(ctx context.Context, h *lab.Host, mirror, registry str
 	return e, nil
 }
 
-// containerdConfig is for a containerd that shares nothing with another one
-// and runs nothing: it pulls and unpacks.
-func containerdConfig(dir string) string {
-	return fmt.Sprintf(`version = 2
+// config is for a containerd that shares nothing with another one and runs
+// nothing: it pulls and unpacks.
+func (c Containerd) config(dir string) string {
+	text := fmt.Sprintf(`version = 2
 root = %q
 state = %q
 disabled_plugins = [
@@ -92,22 +106,34 @@ disabled_plugins = [
 [ttrpc]
   address = %q
 `, filepath.Join(dir, "root"), filepath.Join(dir, "state"), filepath.Join(dir, "sock"), filepath.Join(dir, "ttrpc"))
+	if c.Chunk > 0 {
+		text += fmt.Sprintf("[plugins.\"io.containerd.transfer.v1.local\"]\n  max_concurrent_downloads = 4\n  concurrent_layer_fetch_buffer = %d\n", c.Chunk)
+	}
+	return text
 }
 
 // ctr runs containerd's client; its output is appended to a log on the host.
 func (e *ContainerdEngine) ctr(ctx context.Context, args ...string) error {
 	args = append([]string{"--address", filepath.Join(e.dir, "sock")}, args...)
-	return e.host.Run(ctx, filepath.Base(e.dir)+"-ctr", exec.Command(e.program.Client, args...)) //nolint:gosec // G204: paths from above
+	return e.host.Run(ctx, filepath.Base(e.dir)+"-ctr", e.program.command(e.program.Client, args...))
 }
 
 // Fetch brings an image such as "demo/app:v1" into containerd's content store.
 func (e *ContainerdEngine) Fetch(ctx context.Context, name string) error {
-	return e.ctr(ctx, "content", "fetch", "--hosts-dir", filepath.Join(e.dir, "hosts"), RegistryName+"/"+name)
+	return e.get(ctx, "content", "fetch", name)
 }
 
 // Pull is Fetch and the unpacking, which costs much more than the fetching.
 func (e *ContainerdEngine) Pull(ctx context.Context, name string) error {
-	return e.ctr(ctx, "images", "pull", "--hosts-dir", filepath.Join(e.dir, "hosts"), RegistryName+"/"+name)
+	return e.get(ctx, "images", "pull", name)
+}
+
+func (e *ContainerdEngine) get(ctx context.Context, noun, verb, name string) error {
+	args := []string{noun, verb, "--hosts-dir", filepath.Join(e.dir, "hosts")}
+	if e.program.Login != "" {
+		args = append(args, "--user", e.program.Login)
+	}
+	return e.ctr(ctx, append(args, RegistryName+"/"+name)...)
 }
 
 // Verify checks every content in containerd's content store.

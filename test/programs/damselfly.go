@@ -129,6 +129,17 @@ func (d *Daemon) Received(ctx context.Context) (map[string]int64, error) {
 	return d.values(ctx, "damselfly_received_bytes_total", "source")
 }
 
+// Requests is the daemon's own count of engines' requests by kind, such as blob.
+func (d *Daemon) Requests(ctx context.Context) (map[string]int64, error) {
+	return d.values(ctx, "damselfly_mirror_requests_total", "kind")
+}
+
+// Direct is the daemon's own count of requests, other than for blobs, that went
+// past the region.
+func (d *Daemon) Direct(ctx context.Context) (int64, error) {
+	return d.value(ctx, "damselfly_mirror_direct_total")
+}
+
 func registries(upstreams map[string]string) []string {
 	var args []string
 	for name, at := range upstreams {

@@ -25,11 +25,12 @@ import (
 )
 
 const (
-	registryPort = 15000
-	apiPort      = 18002
-	mirrorPort   = 16501
-	peerPort     = 16502
-	metricsPort  = 16503
+	registryPort      = 15000
+	registryDebugPort = 15001
+	apiPort           = 18002
+	mirrorPort        = 16501
+	peerPort          = 16502
+	metricsPort       = 16503
 
 	// startLimit is how long a program may take until it answers.
 	startLimit = 30 * time.Second

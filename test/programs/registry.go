@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -23,10 +24,23 @@ const RegistryName = "registry.demo"
 type Registry struct {
 	*server
 	accessLog
+	config RegistryConfig
+}
+
+// RegistryConfig says how a registry differs from one in plain HTTP that is open to all.
+type RegistryConfig struct {
+	Prefix    string // of all its paths, such as "/hub"
+	Auth      string // its auth section, in YAML
+	Cert, Key string // files; without them it speaks plain HTTP
 }
 
 // StartRegistry starts an empty registry; bin is where Build has put one.
 func StartRegistry(ctx context.Context, h *lab.Host, bin string) (*Registry, error) {
+	return RegistryConfig{}.Start(ctx, h, bin)
+}
+
+// Start is StartRegistry for a registry of this kind.
+func (c RegistryConfig) Start(ctx context.Context, h *lab.Host, bin string) (*Registry, error) {
 	program, err := exec.LookPath("docker-registry")
 	if err != nil {
 		program = filepath.Join(bin, "registry")
@@ -35,26 +49,43 @@ func StartRegistry(ctx context.Context, h *lab.Host, bin string) (*Registry, err
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("make the registry's directory: %w", err)
 	}
-	config := filepath.Join(dir, "config.yml")
+	file := filepath.Join(dir, "config.yml")
 	at := netip.AddrPortFrom(h.IP(), registryPort)
 	text := fmt.Sprintf(`version: 0.1
 log: {level: warn, accesslog: {disabled: false}}
 storage: {filesystem: {rootdirectory: %q}}
-http: {addr: %q, secret: of no use with one registry}
-`, filepath.Join(dir, "data"), at)
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+http: {addr: %q, secret: of no use with one registry`, filepath.Join(dir, "data"), at)
+	health := url(h.IP(), registryPort, "/v2/")
+	if c != (RegistryConfig{}) {
+		text += fmt.Sprintf(`, prefix: %q, debug: {addr: %q}`, c.Prefix+"/", netip.AddrPortFrom(h.IP(), registryDebugPort))
+		health = url(h.IP(), registryDebugPort, "/debug/health")
+	}
+	if c.Cert != "" {
+		text += fmt.Sprintf(", tls: {certificate: %q, key: %q}", c.Cert, c.Key)
+	}
+	text += "}\n"
+	if c.Auth != "" {
+		text += "auth: {" + c.Auth + "}\n"
+	}
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		return nil, fmt.Errorf("write the registry's configuration: %w", err)
 	}
-	cmd := exec.Command(program, "serve", config) //nolint:gosec // G204: found above
-	s, err := serve(ctx, h, "registry", cmd, "http://"+at.String()+"/v2/", "")
+	cmd := exec.Command(program, "serve", file) //nolint:gosec // G204: found above
+	s, err := serve(ctx, h, "registry", cmd, health, "")
 	if err != nil {
 		return nil, err
 	}
-	return &Registry{server: s, accessLog: accessLog{path: s.Process.Log()}}, nil
+	return &Registry{server: s, accessLog: accessLog{path: s.Process.Log()}, config: c}, nil
 }
 
 // URL is where the registry answers.
-func (r *Registry) URL() string { return url(r.Host.IP(), registryPort, "") }
+func (r *Registry) URL() string {
+	at := url(r.Host.IP(), registryPort, r.config.Prefix)
+	if r.config.Cert != "" {
+		at = "https" + strings.TrimPrefix(at, "http")
+	}
+	return at
+}
 
 // Push uploads an image under a name such as "demo/app:v1".
 func (r *Registry) Push(ctx context.Context, img v1.Image, name string) error {
