@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
@@ -342,6 +343,27 @@ func TestRecordDamagedWhileOpen(t *testing.T) {
 		t.Errorf("usage %+v", u)
 	}
 	checkRecovers(t, s, m, b)
+}
+
+// TestTakenAwayWhileOpen: a task whose files somebody has removed is found out by
+// whoever reads it next, and then is one that the store does not have.
+func TestTakenAwayWhileOpen(t *testing.T) {
+	for _, n := range []int{1, MinPieceSize + 1} {
+		dir := t.TempDir()
+		b, m := blob(58, n)
+		s := open(t, dir, StoreConfig{})
+		put(t, s, m, b)
+		if err := os.RemoveAll(filepath.Join(dir, taskDir(m.ID))); err != nil {
+			t.Fatal(err)
+		}
+		c := get(t, s, m.ID)
+		_, err := c.CopyRange(io.Discard, 0, int64(n))
+		wantErr(t, err, ErrGone)
+		c.Release()
+		_, err = s.Get(m.ID)
+		wantErr(t, err, ErrNotFound)
+		checkRecovers(t, s, m, b)
+	}
 }
 
 func TestStartSweeps(t *testing.T) {
