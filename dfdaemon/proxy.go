@@ -192,7 +192,7 @@ func (p *proxy) serve(c *gin.Context, authority string) {
 		p.refuse(w, http.StatusProxyAuthRequired, "this proxy is for its users: give a name and a password")
 		return
 	}
-	if slices.Contains(strings.Fields(strings.Join(r.Header.Values("Via"), " ")), viaName) {
+	if passedHere(r.Header) {
 		p.refuse(w, http.StatusLoopDetected, "the request has been here before: the proxy is told to use itself")
 		return
 	}
@@ -214,6 +214,17 @@ func (p *proxy) serve(c *gin.Context, authority string) {
 	}
 	u.User, u.Fragment = nil, ""
 	p.route(w, r, &u)
+}
+
+// passedHere tells whether a proxy of this name is one of those that a request
+// has come by; others may have written theirs into the same line.
+func passedHere(h http.Header) bool {
+	for via := range strings.SplitSeq(strings.Join(h.Values("Via"), ","), ",") {
+		if by := strings.Fields(via); len(by) > 1 && by[1] == viaName {
+			return true
+		}
+	}
+	return false
 }
 
 // hostOf is host:port of what a request names.

@@ -303,12 +303,14 @@ func TestProxyIsNoOpenRelay(t *testing.T) {
 	require.Equal(t, http.StatusForbidden, status)
 	require.Contains(t, got, "proxy-ports")
 	for request, want := range map[string]int{
-		"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: 127.0.0.1:22\r\n\r\n":                http.StatusForbidden,
-		"CONNECT 127.0.0.1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n":                      http.StatusBadGateway, // 443, where nothing listens
-		"GET / HTTP/1.1\r\nHost: x\r\n\r\n":                                          http.StatusBadRequest,
-		"GET ftp://x/ HTTP/1.1\r\nHost: x\r\n\r\n":                                   http.StatusBadRequest,
-		"GET http://x:443/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 damselfly\r\n\r\n":        http.StatusLoopDetected,
-		"GET http://x:443/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 a, 1.1 damselfly\r\n\r\n": http.StatusLoopDetected,
+		"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: 127.0.0.1:22\r\n\r\n":                   http.StatusForbidden,
+		"CONNECT 127.0.0.1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n":                         http.StatusBadGateway, // 443, where nothing listens
+		"GET / HTTP/1.1\r\nHost: x\r\n\r\n":                                             http.StatusBadRequest,
+		"GET ftp://x/ HTTP/1.1\r\nHost: x\r\n\r\n":                                      http.StatusBadRequest,
+		"GET http://x:443/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 damselfly\r\n\r\n":           http.StatusLoopDetected,
+		"GET http://x:443/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 a, 1.1 damselfly\r\n\r\n":    http.StatusLoopDetected,
+		"GET http://x:443/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 damselfly, 1.1 a\r\n\r\n":    http.StatusLoopDetected,
+		"GET http://x:443/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 damselfly,1.1 a (b)\r\n\r\n": http.StatusLoopDetected,
 	} {
 		conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", p.address)
 		require.NoError(t, err)
@@ -385,4 +387,76 @@ func TestProxyMetricsAreClean(t *testing.T) {
 	problems, err := testutil.GatherAndLint(p.metrics, "damselfly_proxy_requests_total")
 	require.NoError(t, err)
 	require.Empty(t, problems)
+}
+
+// What a caller sends along may be what lets it in, or what it is asked for.
+func TestProxyTakesAlongWhatCounts(t *testing.T) {
+	g := newRegistry(t)
+	blob := "/v2/org/app/blobs/" + g.blob([]byte("layer"))
+	g.contents["/model"] = []byte("model")
+	var seen http.Header
+	g.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+		seen = r.Header.Clone()
+		if r.Header.Get("Private-Token") == "s3cret" || r.URL.Query().Get("token") == "s3cret" {
+			return false
+		}
+		w.WriteHeader(http.StatusUnauthorized)
+		return true
+	}
+	p := newProxied(t, ProxyConfig{Rules: append(registryproxy.DefaultRules(),
+		registryproxy.Rule{Match: `/model$`, Action: registryproxy.ActionSwarm},
+	)}, plain(g), nil, g.Server)
+	status, _, got := p.ask(t, http.MethodGet, g.URL+"/model", http.Header{
+		"Private-Token": {"s3cret"}, "Connection": {"X-Hop"}, "X-Hop": {"1"}, "If-None-Match": {`"x"`},
+	}, "")
+	require.Equal(t, http.StatusOK, status)
+	require.Equal(t, "model", got)
+	require.Equal(t, 1, p.count(t, "swarm"))
+	require.Empty(t, seen["X-Hop"])
+	require.Empty(t, seen["If-None-Match"], "it would be answered with no content")
+	status, _, got = p.ask(t, http.MethodGet, g.URL+blob+"?token=s3cret", nil, "")
+	require.Equal(t, http.StatusOK, status)
+	require.Equal(t, "layer", got)
+	require.Equal(t, 1, p.count(t, "direct"))
+}
+
+// A rule that refuses is not passed by with another spelling.
+func TestProxyRefusesInAnySpelling(t *testing.T) {
+	g := newRegistry(t)
+	g.intercept = func(_ http.ResponseWriter, r *http.Request) bool {
+		t.Error("asked for", r.URL)
+		return false
+	}
+	port := strconv.Itoa(portOf(t, g.Server))
+	p := newProxied(t, ProxyConfig{Rules: []registryproxy.Rule{
+		{Match: `^https?://localhost(:\d+)?/`, Action: registryproxy.ActionRefuse},
+		{Match: `/secret/`, Action: registryproxy.ActionRefuse},
+	}}, registryproxy.Config{}, nil, g.Server)
+	for _, request := range []string{
+		"GET http://localhost:" + port + "/x", "GET http://LOCALHOST:" + port + "/x", "GET http://localhost.:" + port + "/x",
+		"GET http://127.0.0.1:" + port + "/%73ecret/x", "GET http://127.0.0.1:" + port + "/secret%2Fx",
+		"GET http://127.0.0.1:" + port + "/secret//x", "GET http://127.0.0.1:" + port + "/./secret/x",
+		"CONNECT localhost:" + port, "CONNECT LocalHost:" + port, "CONNECT localhost.:" + port,
+	} {
+		status, got := p.raw(t, request+" HTTP/1.1\r\nHost: other\r\n\r\n")
+		require.Equal(t, http.StatusForbidden, status, request)
+		require.Contains(t, got, "rule refuses", request)
+	}
+}
+
+// raw sends a request as it is.
+func (p *proxied) raw(t *testing.T, request string) (status int, answer string) {
+	t.Helper()
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", p.address)
+	require.NoError(t, err)
+	defer func() { _ = conn.Close() }()
+	_, err = io.WriteString(conn, request)
+	require.NoError(t, err)
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(10*time.Second)))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	require.NoError(t, err, request)
+	b, err := io.ReadAll(resp.Body)
+	require.NoError(t, err, request)
+	require.NoError(t, resp.Body.Close())
+	return resp.StatusCode, string(b)
 }

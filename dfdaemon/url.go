@@ -119,10 +119,11 @@ func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
 }
 
 // pull answers with the blob or manifest of a registry that u names; false when it
-// names none, or would be asked for less safely, and nothing has been answered.
+// names none, would be asked for less safely, or may be signed by its query, and
+// nothing has been answered.
 func (m *mirror) pull(w *reply, r *http.Request, u *url.URL) bool {
 	path, ok := strings.CutPrefix(u.Path, "/v2/")
-	if !ok || !m.registry.Reaches(u) {
+	if !ok || u.RawQuery != "" || !m.registry.Reaches(u) {
 		return false
 	}
 	route, err := registryproxy.ParseRoute(r.Method, path, u.Host, "")
@@ -152,13 +153,23 @@ func (m *mirror) url(w *reply, r *http.Request, request dfget.Request, asked htt
 	return nil
 }
 
-// urlRequest asks for what u names with what of the caller's header may matter.
+// ownHeaders are of the caller's connection, or of how the answer is to come:
+// not of what is asked for.
+var ownHeaders = []string{
+	"Accept-Encoding", "Connection", "Content-Length", "Expect", "Host", "If-Match", "If-Modified-Since", "If-None-Match",
+	"If-Range", "If-Unmodified-Since", "Keep-Alive", "Proxy-Authorization", "Proxy-Connection", "Range", "Te", "Trailer",
+	"Transfer-Encoding", "Upgrade", "Via",
+}
+
+// urlRequest asks for what u names with the caller's header: any of it may be
+// what lets the caller in.
 func urlRequest(r *http.Request, u *url.URL, ignore []string) (dfget.Request, error) {
-	header := http.Header{}
-	for _, k := range []string{"Accept", "Authorization", "Cookie", "User-Agent"} {
-		if v := r.Header[k]; len(v) > 0 {
-			header[k] = v
-		}
+	header := r.Header.Clone()
+	for _, k := range strings.Split(strings.Join(r.Header["Connection"], ","), ",") {
+		header.Del(strings.TrimSpace(k))
+	}
+	for _, k := range ownHeaders {
+		header.Del(k)
 	}
 	return dfget.SignedURLRequest(u.String(), ignore, header)
 }

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"path"
 	"regexp"
+	"strings"
 )
 
 // Action is what a forward proxy does with a request.
@@ -77,12 +79,19 @@ func (r Rule) compile() (c compiledRule, err error) {
 	return c, nil
 }
 
-// Decide returns what becomes of a request, and where it goes.
+// Decide returns what becomes of a request, and where it goes. A URL is matched
+// with its host in small letters and without a default port; where a rule refuses,
+// also with its path in plain letters, so that no other spelling of it gets by.
 func (r Rules) Decide(u *url.URL) (Action, *url.URL) {
-	plain := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}
+	plain := url.URL{Scheme: u.Scheme, Host: plainHost(u), Path: u.Path, RawPath: u.RawPath}
 	s := plain.String()
+	plain.RawPath = ""
+	decoded := plain.String()
+	plain.Path = path.Clean("/" + u.Path)
+	cleaned := plain.String()
 	for _, rule := range r {
-		if !rule.match.MatchString(s) {
+		refused := rule.action == ActionRefuse && (rule.match.MatchString(decoded) || rule.match.MatchString(cleaned))
+		if !refused && !rule.match.MatchString(s) {
 			continue
 		}
 		if rule.action != ActionRedirect {
@@ -97,4 +106,17 @@ func (r Rules) Decide(u *url.URL) (Action, *url.URL) {
 		return rule.action, &to
 	}
 	return ActionDirect, u
+}
+
+// plainHost is how a host is most likely written.
+func plainHost(u *url.URL) string {
+	port := u.Port()
+	if u.Scheme == "http" && port == "80" || u.Scheme == "https" && port == "443" {
+		port = ""
+	}
+	host := bracketed(strings.TrimSuffix(strings.ToLower(u.Hostname()), "."))
+	if port != "" {
+		host += ":" + port
+	}
+	return host
 }

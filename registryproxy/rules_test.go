@@ -31,6 +31,11 @@ func TestRules(t *testing.T) {
 		"http://user:password@old.corp/x":                  {ActionRedirect, "https://new.corp:5000/hub/x"},
 		"https://a.test/v2/org/app/blobs/sha256:00/x.exe":  {ActionRefuse, ""},
 		"https://a.test/download/x.exe?v2/app/blobs/sha=1": {ActionRefuse, ""},
+		"https://a.test/download/x%2eexe":                  {ActionRefuse, ""},
+		"https://a.test/download/x.exe/":                   {ActionRefuse, ""},
+		"https://a.test/download//../x.exe/.":              {ActionRefuse, ""},
+		"https://Private.Corp.:443/v2/app/blobs/sha256:00": {ActionDirect, ""},
+		"https://[::1]:443/v2/app/blobs/sha256:00":         {ActionSwarm, ""},
 	} {
 		u, err := url.Parse(raw)
 		require.NoError(t, err)
