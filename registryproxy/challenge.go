@@ -10,9 +10,9 @@ import (
 // maxChallenges is how many of them are looked at.
 const maxChallenges = 16
 
-// challenges reads what a registry's 401 asks for. A line may hold several
+// Challenges reads what a registry's 401 asks for. A line may hold several
 // challenges, which the library takes for one.
-func challenges(header http.Header) []challenge.Challenge {
+func Challenges(header http.Header) []challenge.Challenge {
 	var lines []string
 	for _, line := range header["Www-Authenticate"] {
 		lines = append(lines, splitChallenges(line)...)

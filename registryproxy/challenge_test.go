@@ -39,7 +39,7 @@ func TestChallenges(t *testing.T) {
 		})
 	}
 	many := slices.Repeat([]string{`Basic realm="x"`}, 1000)
-	require.Len(t, challenges(http.Header{"Www-Authenticate": many}), maxChallenges)
+	require.Len(t, Challenges(http.Header{"Www-Authenticate": many}), maxChallenges)
 }
 
 // Nothing is lost or made up in the cutting, and a line with one challenge is read
@@ -59,7 +59,7 @@ func FuzzChallenges(f *testing.F) {
 			!strings.ContainsFunc(line, func(r rune) bool { return r > '~' || r < ' ' }) {
 			t.Fatalf("%q has become %q", line, parts)
 		}
-		got := challenges(http.Header{"Www-Authenticate": {line}})
+		got := Challenges(http.Header{"Www-Authenticate": {line}})
 		for _, ch := range got {
 			if ch.Scheme == "" || ch.Scheme != strings.ToLower(ch.Scheme) {
 				t.Fatalf("scheme %q", ch.Scheme)

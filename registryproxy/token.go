@@ -95,7 +95,7 @@ func (c *Client) authorization(ctx context.Context, e *endpoint, repo Repository
 // wanted returns the parameters of the first challenge for a bearer token, nil
 // for none, and whether a user and a password will do.
 func wanted(header http.Header) (bearer map[string]string, basic bool) {
-	for _, ch := range challenges(header) {
+	for _, ch := range Challenges(header) {
 		switch {
 		case bearer == nil && ch.Scheme == "bearer" && ch.Parameters["realm"] != "":
 			bearer = ch.Parameters

@@ -174,7 +174,7 @@ func (c *check) session(ctx context.Context, s *Step) {
 	m, err := c.metrics(ctx)
 	switch {
 	case err != nil:
-		s.end(Past, "not known", "the metrics tell: "+err.Error()+"; name dfdaemon's --metrics-listen with --metrics")
+		s.end(Past, "not known", "dfdaemon's metrics cannot be read: "+err.Error()+": name its --metrics-listen with --metrics")
 	case m.session:
 		s.Says = "a session with a supernode stands"
 	default:
@@ -365,6 +365,11 @@ func (c *check) get(ctx context.Context, method, path string, accept []string) (
 	if c.auth != "" {
 		r.Header.Set("Authorization", c.auth)
 	}
+	return c.send(r)
+}
+
+// send sends a request. Its errors do not quote the URL, whose query is another's.
+func (c *check) send(r *http.Request) (*http.Response, error) {
 	resp, err := c.client.Do(r)
 	if e, ok := errors.AsType[*url.Error](err); ok {
 		err = e.Err

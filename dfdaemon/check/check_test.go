@@ -35,7 +35,7 @@ func (f *fake) serve(t *testing.T) (addr string, image Image) {
 		case r.URL.Path == "/v2/":
 		case r.URL.Path == "/token":
 			user, password, _ := r.BasicAuth()
-			if user != "u" || password != "p" || r.URL.Query().Get("scope") != "repository:org/app:pull" {
+			if user != "u" || password != "hush" || r.URL.Query().Get("scope") != "repository:org/app:pull" {
 				w.WriteHeader(http.StatusForbidden)
 				return
 			}
@@ -45,7 +45,7 @@ func (f *fake) serve(t *testing.T) (addr string, image Image) {
 		case r.URL.Query().Get("ns") != "reg.test":
 			w.WriteHeader(http.StatusBadRequest)
 		case f.token != "" && r.Header.Get("Authorization") != "Bearer "+f.token:
-			w.Header().Set("WWW-Authenticate", `Bearer realm="`+s.URL+`/token",service="x",scope="repository:org/app:pull"`)
+			w.Header().Set("WWW-Authenticate", `Negotiate, Bearer realm="`+s.URL+`/token",service="x",scope="repository:org/app:pull"`)
 			w.WriteHeader(http.StatusUnauthorized)
 		default:
 			body := contents[strings.TrimPrefix(r.URL.Path, "/v2/org/app/")]
@@ -80,7 +80,7 @@ func TestOutcomes(t *testing.T) {
 		"from origin":    {fake{layer: "the layer", origin: 1}, Config{}, Past, "9 bytes"},
 		"no credentials": {fake{layer: "the layer", token: "t"}, Config{}, Refused, "401"},
 		"wrong ones":     {fake{layer: "the layer", token: "t"}, Config{Username: "u", Password: "x"}, Refused, "wants credentials"},
-		"right ones":     {fake{layer: "the layer", token: "t"}, Config{Username: "u", Password: "p"}, Swarm, "9 bytes"},
+		"right ones":     {fake{layer: "the layer", token: "t"}, Config{Username: "u", Password: "hush"}, Swarm, "9 bytes"},
 		"no metrics":     {fake{layer: "the layer"}, Config{Metrics: "none"}, Past, "9 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -97,11 +97,11 @@ func TestOutcomes(t *testing.T) {
 			require.Len(t, report.Steps, steps)
 			require.Contains(t, report.Steps[steps-1].Says, c.says)
 			if c.outcome != Swarm {
-				require.NotEmpty(t, report.Steps[steps-1].Why+report.Steps[steps-1].Says)
+				require.NotEmpty(t, report.Steps[steps-1].Why)
 			}
 			b, err := json.Marshal(report)
 			require.NoError(t, err)
-			require.NotContains(t, string(b), `"p"`)
+			require.NotContains(t, string(b), "hush")
 		})
 	}
 }

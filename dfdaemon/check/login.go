@@ -9,17 +9,16 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"strings"
 
-	"github.com/docker/distribution/registry/client/auth/challenge"
+	"damselfly.dev/registryproxy"
 )
 
 // login makes the header that the registry asks for, as an engine does: at the
 // realm that the challenge names.
 func (c *check) login(ctx context.Context, resp *http.Response) (string, error) {
 	basic := "Basic " + base64.StdEncoding.EncodeToString([]byte(c.Username+":"+c.Password))
-	for _, ch := range challenge.ResponseChallenges(resp) {
-		switch strings.ToLower(ch.Scheme) {
+	for _, ch := range registryproxy.Challenges(resp.Header) {
+		switch ch.Scheme {
 		case "basic":
 			return basic, nil
 		case "bearer":
@@ -48,11 +47,8 @@ func (c *check) token(ctx context.Context, challenge map[string]string, basic st
 		return "", err
 	}
 	r.Header.Set("Authorization", basic)
-	resp, err := c.client.Do(r)
+	resp, err := c.send(r)
 	if err != nil {
-		if e, ok := errors.AsType[*url.Error](err); ok {
-			err = e.Err
-		}
 		return "", fmt.Errorf("%s, where tokens are, does not answer: %w", realm.Host, err)
 	}
 	defer func() { _ = resp.Body.Close() }()

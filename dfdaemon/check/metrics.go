@@ -31,7 +31,7 @@ func (c *check) metrics(ctx context.Context) (*counts, error) {
 	if err != nil {
 		return nil, err
 	}
-	resp, err := c.client.Do(r)
+	resp, err := c.send(r)
 	if err != nil {
 		return nil, err
 	}
@@ -96,7 +96,7 @@ func (c *check) judge(ctx context.Context, before *counts, resp *http.Response, 
 	}
 	s.Sources = since(before.received, after.received)
 	if direct := since(before.direct, after.direct); len(direct) > 0 {
-		s.end(Past, s.Says, "it went to the registry: "+c.reason(after))
+		s.end(Past, s.Says, "it went to the registry: "+after.reason())
 	}
 	for _, cause := range slices.Sorted(maps.Keys(since(before.fallbacks, after.fallbacks))) {
 		s.end(Past, s.Says, "it went to the registry: "+strings.TrimSpace(causes[cause]+" ("+cause+")"))
@@ -106,8 +106,9 @@ func (c *check) judge(ctx context.Context, before *counts, resp *http.Response, 
 	}
 }
 
-func (c *check) reason(now *counts) string {
-	if !now.session {
+// reason says why the supernode was not asked.
+func (c *counts) reason() string {
+	if !c.session {
 		return "no session with a supernode stands"
 	}
 	return "the supernode gave no answer; dfdaemon's log tells why"
