@@ -1,6 +1,7 @@
 package registryproxy
 
 import (
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -99,17 +100,12 @@ func (s *upstreams) get(registry string) *upstream {
 func (s *upstreams) build(name string, u Upstream) (*upstream, error) {
 	up := &upstream{shared: u.Readers == ReadersRegion}
 	for i, m := range u.Mirrors {
-		e, err := s.endpoint(u, m)
+		e, err := s.endpoint(u, m, "")
 		if err != nil {
 			return nil, fmt.Errorf("mirrors[%d].%w", i, err)
 		}
-		e.mirror = true
-		e.logins, err = newLogins(hostPort(e.base), m.Credentials)
-		if err != nil {
-			return nil, fmt.Errorf("mirrors[%d].credentials.%w", i, err)
-		}
-		e.callers = m.CallerCredentials
-		e.header, e.retries = mirrorHeaderTimeout, 0 // the next one is asked instead
+		e.mirror, e.retries = true, 0 // the next one is asked instead
+		e.header = cmp.Or(u.HeaderTimeout, mirrorHeaderTimeout)
 		e.breaker = newBreaker(mirrorFailures, mirrorPause)
 		up.endpoints = append(up.endpoints, e)
 	}
@@ -117,24 +113,13 @@ func (s *upstreams) build(name string, u Upstream) (*upstream, error) {
 	if m.URL == "" {
 		m.URL = "https://" + registryHost(name)
 	}
-	e, err := s.endpoint(u, m)
-	if err == nil {
-		e.logins, err = newLogins(name, m.Credentials)
-		if err != nil {
-			err = fmt.Errorf("credentials.%w", err)
-		}
-	}
+	e, err := s.endpoint(u, m, name)
 	if err != nil {
 		return nil, err
 	}
-	e.callers, e.header = true, headerTimeout
+	e.header = cmp.Or(u.HeaderTimeout, headerTimeout)
 	e.breaker = newBreaker(registryFailures, registryPause)
 	up.endpoints = append(up.endpoints, e)
-	for _, e := range up.endpoints {
-		if u.HeaderTimeout > 0 {
-			e.header = u.HeaderTimeout
-		}
-	}
 	return up, nil
 }
 
@@ -146,15 +131,19 @@ func registryHost(name string) string {
 	return name
 }
 
-// endpoint makes what is the same for a registry and a mirror.
-func (s *upstreams) endpoint(u Upstream, m Mirror) (*endpoint, error) {
+// endpoint makes what is the same for a registry and a mirror. Its credentials are
+// those of the name, or with "" of the host that is asked.
+func (s *upstreams) endpoint(u Upstream, m Mirror, name string) (*endpoint, error) {
 	base, err := parseBase(m.URL)
 	if err != nil {
 		return nil, fmt.Errorf("url: %w", err)
 	}
 	e := &endpoint{
-		name: hostPort(base), base: base, own: s.transport, others: s.transport,
+		name: hostPort(base), base: base, callers: m.CallerCredentials, own: s.transport, others: s.transport,
 		tokens: newTokens(), retries: defaultRetries, unhealthy: newMemo[string, struct{}](maxUnhealthy, time.Now),
+	}
+	if e.logins, err = newLogins(cmp.Or(name, e.name), m.Credentials); err != nil {
+		return nil, fmt.Errorf("credentials.%w", err)
 	}
 	if u.Retries != nil {
 		e.retries = *u.Retries
