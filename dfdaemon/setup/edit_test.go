@@ -236,21 +236,31 @@ func TestStateOfAnotherVersion(t *testing.T) {
 	require.ErrorContains(t, err, "unset with the one that wrote it")
 }
 
-// FuzzTOML: whatever the file, an edit either is refused or takes nothing away,
-// and is taken out again to the byte, also when lines were added around it.
-func FuzzTOML(f *testing.F) {
-	for _, e := range []Engine{Containerd, Podman} {
+// hostFiles are the contents of the files that the cases of some engines lay.
+func hostFiles(f *testing.F, engines ...Engine) (contents []string) {
+	f.Helper()
+	for _, e := range engines {
 		names, err := filepath.Glob(filepath.Join("testdata", string(e), "*.txt"))
 		require.NoError(f, err)
+		require.NotEmpty(f, names)
 		for _, name := range names {
 			b, err := os.ReadFile(name)
 			require.NoError(f, err)
 			for part := range strings.SplitSeq(strings.Split(string(b), "== setup")[0], "\n-- ") {
 				_, content, _ := strings.Cut(part, "\n")
-				f.Add([]byte(content))
-				f.Add([]byte(strings.ReplaceAll(content, "\n", "\r\n")))
+				contents = append(contents, content)
 			}
 		}
+	}
+	return contents
+}
+
+// FuzzTOML: whatever the file, an edit either is refused or takes nothing away,
+// and is taken out again to the byte, also when lines were added around it.
+func FuzzTOML(f *testing.F) {
+	for _, content := range hostFiles(f, Containerd, Podman) {
+		f.Add([]byte(content))
+		f.Add([]byte(strings.ReplaceAll(content, "\n", "\r\n")))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		doc, es, err := parseTOML(b)
@@ -303,15 +313,8 @@ func takenOut(t *testing.T, b, after []byte, edits []Edit) {
 
 // FuzzJSON: the same for dockerd's file.
 func FuzzJSON(f *testing.F) {
-	names, err := filepath.Glob("testdata/docker/*.txt")
-	require.NoError(f, err)
-	for _, name := range names {
-		b, err := os.ReadFile(name)
-		require.NoError(f, err)
-		for part := range strings.SplitSeq(strings.Split(string(b), "== setup")[0], "\n-- ") {
-			_, content, _ := strings.Cut(part, "\n")
-			f.Add([]byte(content))
-		}
+	for _, content := range hostFiles(f, Docker) {
+		f.Add([]byte(content))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		const mirror = "http://" + mirrorAt

@@ -1,6 +1,7 @@
 package setup
 
 import (
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -78,7 +79,7 @@ func editHosts(b []byte, mirror string, certs certificates) ([]byte, []Edit, err
 	at := len(b)
 	for _, e := range es {
 		if e.kind == unstable.KeyValue && len(e.table) == 0 && e.key[0] == "host" {
-			return nil, nil, fmt.Errorf("its hosts are not tables of their own: write each as [host.\"URL\"], or move the file away")
+			return nil, nil, errors.New("its hosts are not tables of their own: write each as [host.\"URL\"], or move the file away")
 		}
 		if e.kind != unstable.KeyValue && e.table[0] == "host" {
 			at = aboveComments(b, e.at)
@@ -95,7 +96,7 @@ func editHosts(b []byte, mirror string, certs certificates) ([]byte, []Edit, err
 	put(doc, map[string]any{"capabilities": []any{"pull", "resolve"}, "dial_timeout": dialTimeout}, "host", mirror)
 	after, edit := insert(b, at, block, fmt.Sprintf("%q", mirror))
 	if len(b) > 0 && !means(after, doc) {
-		return nil, nil, fmt.Errorf("no table fits in: write each host as [host.\"URL\"], or move the file away")
+		return nil, nil, errors.New("no table fits in: write each host as [host.\"URL\"], or move the file away")
 	}
 	return after, []Edit{edit}, nil
 }

@@ -100,8 +100,8 @@ func (l *mirrorList) has(mirror string) int {
 }
 
 // editDaemon makes mirror, a URL, the first of dockerd's mirrors. There are no
-// edits where it was one already. A single edit with an Old that is empty has
-// made the list too.
+// edits where it was one already. An edit that names the list's key has made the
+// list too.
 func editDaemon(b []byte, mirror string) ([]byte, []Edit, error) {
 	member := fmt.Sprintf("%q: [%q]", mirrorsKey, mirror)
 	if len(bytes.TrimSpace(b)) == 0 {

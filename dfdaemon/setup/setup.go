@@ -35,6 +35,13 @@ const (
 // Engines are all of them.
 var Engines = []Engine{Containerd, Docker, CRIO, Podman}
 
+func (e Engine) validate() error {
+	if !slices.Contains(Engines, e) {
+		return fmt.Errorf("engine %.100q: want containerd, docker, crio or podman", string(e))
+	}
+	return nil
+}
+
 // family is under what name an engine's state is kept.
 func (e Engine) family() string {
 	if e == CRIO || e == Podman {
@@ -83,8 +90,8 @@ func (c Config) url() string { return "http://" + c.Mirror }
 
 // Validate tells what is wrong with c for an engine.
 func (c Config) Validate(e Engine) error {
-	if !slices.Contains(Engines, e) {
-		return fmt.Errorf("engine %.100q: want containerd, docker, crio or podman", string(e))
+	if err := e.validate(); err != nil {
+		return err
 	}
 	host, port, err := net.SplitHostPort(c.Mirror)
 	n, portErr := strconv.ParseUint(port, 10, 16)
@@ -124,8 +131,8 @@ func Setup(e Engine, c Config) (*Plan, error) {
 
 // Unset plans to undo what Setup has done for an engine.
 func Unset(e Engine, root string) (*Plan, error) {
-	if !slices.Contains(Engines, e) {
-		return nil, fmt.Errorf("engine %.100q: want containerd, docker, crio or podman", string(e))
+	if err := e.validate(); err != nil {
+		return nil, err
 	}
 	return plan(e, root, nil)
 }
@@ -143,6 +150,7 @@ func plan(e Engine, root string, want *asked) (*Plan, error) {
 		}
 		maps.Copy(all, old.Asked)
 	}
+	_, isSetUp := all[e]
 	delete(all, e)
 	if want != nil {
 		all[e] = *want
@@ -154,7 +162,7 @@ func plan(e Engine, root string, want *asked) (*Plan, error) {
 		}
 	}
 	delete(p.after.Families, e.family())
-	if want == nil && (old == nil || !contains(old.Asked, e)) {
+	if want == nil && !isSetUp {
 		t.note("%s is not set up: nothing to undo", e)
 	}
 	if len(all) > 0 {
@@ -162,10 +170,8 @@ func plan(e Engine, root string, want *asked) (*Plan, error) {
 			return nil, err
 		}
 		fam := &family{Asked: all}
-		fam.Files, p.copy = t.records()
-		p.after.Families[e.family()] = fam
-		if len(fam.Files) == 0 { // all is there by another hand
-			delete(p.after.Families, e.family())
+		if fam.Files, p.copy = t.records(); len(fam.Files) > 0 { // else all is there by another hand
+			p.after.Families[e.family()] = fam
 		}
 	}
 	p.Notes = t.notes
@@ -189,11 +195,6 @@ func merge(e Engine, root string, all map[Engine]asked) Config {
 		}
 	}
 	return c
-}
-
-func contains(all map[Engine]asked, e Engine) bool {
-	_, ok := all[e]
-	return ok
 }
 
 func (t *tree) setup(e Engine, c Config) error {
@@ -250,9 +251,6 @@ func (p *Plan) Diff() string {
 	}
 	return b.String()
 }
-
-// Backups is where files are kept as they were.
-func (p *Plan) Backups() string { return stateDir }
 
 // Apply does it. After an error all is as it was, as far as that can be.
 func (p *Plan) Apply() error {

@@ -137,18 +137,17 @@ func (t *tree) undoFile(f *file, r record) error {
 	case is == r.Before && !r.Created: // a setup or an unset was killed
 		return nil
 	}
-	var missing []Edit
-	if f.path == dockerConfig || strings.HasSuffix(f.path, ".json") {
+	if strings.HasSuffix(f.path, ".json") {
 		var err error
 		made := strings.Contains(r.Edits[0].New, mirrorsKey)
 		if f.now, err = takeOutMirror(f.was, r.Edits[0].Mark, made); err != nil {
 			return err
 		}
 	} else {
-		f.now, missing = takeOut(f.was, r.Edits)
-	}
-	if len(missing) > 0 {
-		return fmt.Errorf("dfdaemon's entry was changed by another hand: take out by hand what has %s, and run this again", missing[0].Mark)
+		var missing []Edit
+		if f.now, missing = takeOut(f.was, r.Edits); len(missing) > 0 {
+			return fmt.Errorf("dfdaemon's entry was changed by another hand: take out by hand what has %s, and run this again", missing[0].Mark)
+		}
 	}
 	if r.Created && len(bytes.TrimSpace(f.now)) == 0 {
 		f.now, f.stays = nil, false
