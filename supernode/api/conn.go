@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -341,6 +342,11 @@ func PeerAddr(advertised, remote string) (string, error) {
 		if host, _, err = net.SplitHostPort(remote); err != nil {
 			return "", fmt.Errorf("remote address %q: want host:port", remote)
 		}
+		return net.JoinHostPort(host, port), nil
 	}
-	return net.JoinHostPort(host, port), nil
+	addr := net.JoinHostPort(host, port)
+	if u, err := url.Parse("//" + addr); err != nil || u.Hostname() != host || u.Port() != port { // it becomes part of URLs
+		return "", fmt.Errorf("advertised address %q: want host:port", advertised)
+	}
+	return addr, nil
 }
