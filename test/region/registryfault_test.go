@@ -297,8 +297,9 @@ func troubleAtTheRegistry(t *testing.T, o *trouble) {
 	}
 	gap := max(<-gaps, <-gaps)
 	o.mu.Lock()
-	served := fmt.Sprint(o.served)
+	served, armed := fmt.Sprint(o.served), o.armed
 	o.mu.Unlock()
+	require.False(t, armed, "nothing has gone wrong: the registry was not asked")
 	t.Logf("longest wait %v; broken off: %v; registry asked %s", gap.Round(10*time.Millisecond), broken, served)
 	require.Less(t, gap, hangLimit)
 	p := &watch{last: time.Now()}
