@@ -199,18 +199,23 @@ func TestOnlyAHostOpensASession(t *testing.T) {
 		refused <- err
 	}))
 	defer srv.Close()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, http.NoBody)
-	require.NoError(t, err)
-	req.Header.Set("Connection", "Upgrade")
-	req.Header.Set("Upgrade", "websocket")
-	resp, err := srv.Client().Do(req)
-	require.NoError(t, err)
-	require.NoError(t, resp.Body.Close())
-	require.Equal(t, http.StatusUpgradeRequired, resp.StatusCode)
-	require.Error(t, <-refused)
+	for connection, upgrade := range map[string]string{
+		"Upgrade": "websocket",
+		"close":   "damselfly", // somebody between them would take what follows for other requests
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, http.NoBody)
+		require.NoError(t, err)
+		req.Header.Set("Connection", connection)
+		req.Header.Set("Upgrade", upgrade)
+		resp, err := srv.Client().Do(req)
+		require.NoError(t, err)
+		require.NoError(t, resp.Body.Close())
+		require.Equal(t, http.StatusUpgradeRequired, resp.StatusCode, upgrade)
+		require.Error(t, <-refused)
+	}
 
 	srv.Config.Handler = http.NotFoundHandler()
-	_, err = Dial(t.Context(), srv.Client(), srv.URL)
+	_, err := Dial(t.Context(), srv.Client(), srv.URL)
 	require.ErrorContains(t, err, "404")
 }
 
@@ -298,6 +303,23 @@ func TestKeepAliveEndsWithWhoTakesNothing(t *testing.T) {
 		}()
 		began := time.Now()
 		require.ErrorContains(t, host.KeepAlive(t.Context(), beats(host)), "taken nothing")
+		require.InDelta(t, StuckLimit.Seconds(), time.Since(began).Seconds(), 2)
+	})
+}
+
+// An end whose frame never ends is not kept, with what there is of it, for ever.
+func TestKeepAliveEndsWithWhoNeverEndsAFrame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, node, below := pair(t, nil)
+		go drain(node)
+		go func() {
+			_, err := below.Write(binary.BigEndian.AppendUint32(nil, MaxFrame))
+			for ; err == nil; _, err = below.Write(make([]byte, 100)) {
+				time.Sleep(time.Second)
+			}
+		}()
+		began := time.Now()
+		require.ErrorContains(t, node.KeepAlive(t.Context(), func() {}), "has not ended a frame")
 		require.InDelta(t, StuckLimit.Seconds(), time.Since(began).Seconds(), 2)
 	})
 }

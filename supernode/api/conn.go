@@ -33,8 +33,8 @@ const (
 	// SilenceLimit is when an end of which nothing has been heard is taken for
 	// dead. One that stands still for some seconds between beats is not.
 	SilenceLimit = 7 * TickEvery
-	// StuckLimit is how long the other end may take over one frame: longer than
-	// any back-pressure, shorter than memory lasts.
+	// StuckLimit is how long the other end may take over one frame, of either's:
+	// longer than any back-pressure, shorter than memory lasts.
 	StuckLimit = 30 * TickEvery
 
 	protocol  = "damselfly" // of the Upgrade header
@@ -54,13 +54,14 @@ type Conn[In, Out any] struct {
 	rw     io.ReadWriteCloser
 	in     *bufio.Reader
 	reads  atomic.Uint64 // begun and ended: odd while one waits
+	frames atomic.Uint64 // that have come
 	writes atomic.Uint64 // begun and ended: odd while one is under way
 	turn   chan struct{} // to write to rw: it holds one token while somebody does
 
-	// What Tick has seen, and for how long the other end says, or takes, nothing
-	// and this one says nothing.
-	read, written        uint64
-	silent, stuck, quiet time.Duration
+	// What Tick has seen, and for how long the other end says, or takes, nothing,
+	// or ends no frame, and this one says nothing.
+	read, came, written        uint64
+	silent, slow, stuck, quiet time.Duration
 }
 
 // buffers are for frames on their way out, and for large ones on their way in.
@@ -99,7 +100,7 @@ func Dial(ctx context.Context, client *http.Client, base string) (*Conn[Down, Up
 // Accept turns a request for SessionPath into the supernode's end of a session.
 // On an error the answer has been written.
 func Accept(w http.ResponseWriter, r *http.Request) (*Conn[Up, Down], error) {
-	if !strings.EqualFold(r.Header.Get("Upgrade"), protocol) {
+	if !strings.EqualFold(r.Header.Get("Upgrade"), protocol) || !strings.EqualFold(r.Header.Get("Connection"), "Upgrade") {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", protocol)
 		http.Error(w, "here a host of the supernode's own version opens its session", http.StatusUpgradeRequired)
@@ -198,6 +199,7 @@ func (c *Conn[In, Out]) Read(ctx context.Context) (In, error) {
 	if err := c.readFrame(&in); err != nil {
 		return in, fmt.Errorf("read session: %w", because(ctx, err))
 	}
+	c.frames.Add(1)
 	return in, nil
 }
 
@@ -264,16 +266,20 @@ func because(ctx context.Context, err error) error {
 // Tick notes that TickEvery has passed, and tells whether this end has said
 // nothing for BeatEvery: it is to Write an empty batch then, and not wait for
 // that, as the other end may be slow to read. It is an error when nothing comes from the
-// other end for SilenceLimit while this one Reads, or when it takes nothing of a
-// Write for StuckLimit. Time is counted in calls, so that a machine that stood
+// other end for SilenceLimit while this one Reads, or no whole frame for StuckLimit,
+// or when it takes nothing of a Write for as long. Time is counted in calls, so that a machine that stood
 // still takes nobody for dead.
 func (c *Conn[In, Out]) Tick() (beat bool, err error) {
-	read, written := c.reads.Load(), c.writes.Load()
+	read, came, written := c.reads.Load(), c.frames.Load(), c.writes.Load()
 	c.silent += TickEvery
+	c.slow += TickEvery
 	c.stuck += TickEvery
 	c.quiet += TickEvery
 	if read != c.read || read%2 == 0 {
 		c.silent = 0
+	}
+	if came != c.came || read%2 == 0 {
+		c.slow = 0
 	}
 	if written != c.written || written%2 == 0 {
 		c.stuck = 0
@@ -281,10 +287,12 @@ func (c *Conn[In, Out]) Tick() (beat bool, err error) {
 	if written != c.written || written%2 == 1 {
 		c.quiet = 0
 	}
-	c.read, c.written = read, written
+	c.read, c.came, c.written = read, came, written
 	switch {
 	case c.silent >= SilenceLimit:
 		return false, fmt.Errorf("session silent for %v", SilenceLimit)
+	case c.slow >= StuckLimit:
+		return false, fmt.Errorf("the other end has not ended a frame for %v", StuckLimit)
 	case c.stuck >= StuckLimit:
 		return false, fmt.Errorf("the other end has taken nothing for %v", StuckLimit)
 	}
