@@ -147,6 +147,14 @@ func (c *Content) Has(i int) bool {
 	return ok && err == nil
 }
 
+// InDoubt tells whether some piece that is present has to be verified before its
+// first use.
+func (c *Content) InDoubt() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.good.Len() != c.have.Len()
+}
+
 // Digest returns the digest of piece i, zero when it is not known.
 func (c *Content) Digest(i int) Digest {
 	c.mu.Lock()

@@ -12,6 +12,11 @@ const (
 	// past MaxPieces pieces of it.
 	MaxPieceSize = 4 << 20
 
+	// LeastPieceSize is the least that any layout has: what NewRangedLayout chooses.
+	LeastPieceSize = 32 << 10
+	// rangedPieces is into how many pieces NewRangedLayout cuts what is large.
+	rangedPieces = MaxPieces / 2
+
 	// aimedPieces is how many pieces a blob is cut into where the bounds allow
 	// it: the swarm's efficiency grows with their number.
 	aimedPieces = 256
@@ -46,6 +51,17 @@ func NewLayout(length int64) Layout {
 	return Layout{Length: length, PieceSize: size}
 }
 
+// NewRangedLayout is NewLayout for content of which ranges are asked for: what a
+// reader does not want comes along with what it does, so the pieces are as small
+// as bookkeeping allows, the power of two nearest above length/32768, at
+// least LeastPieceSize.
+func NewRangedLayout(length int64) Layout {
+	if length > MaxPieceSize*rangedPieces {
+		return NewLayout(length)
+	}
+	return Layout{Length: length, PieceSize: max(ceilPowerOfTwo(length/rangedPieces), LeastPieceSize)}
+}
+
 func ceilPowerOfTwo(n int64) int64 {
 	if n <= 1 {
 		return 1
@@ -59,8 +75,8 @@ func (l Layout) Validate() error {
 	if l.Length < 0 || l.Length > MaxLength {
 		return fmt.Errorf("length %d is outside 0 to %d", l.Length, int64(MaxLength))
 	}
-	if l.PieceSize < MinPieceSize || l.PieceSize > largestPieceSize || l.PieceSize&(l.PieceSize-1) != 0 {
-		return fmt.Errorf("piece size %d is not a power of two from %d to %d", l.PieceSize, MinPieceSize, largestPieceSize)
+	if l.PieceSize < LeastPieceSize || l.PieceSize > largestPieceSize || l.PieceSize&(l.PieceSize-1) != 0 {
+		return fmt.Errorf("piece size %d is not a power of two from %d to %d", l.PieceSize, LeastPieceSize, largestPieceSize)
 	}
 	if (l.Length+l.PieceSize-1)/l.PieceSize > MaxPieces {
 		return fmt.Errorf("length %d in pieces of %d is more than %d pieces", l.Length, l.PieceSize, MaxPieces)

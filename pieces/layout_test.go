@@ -39,7 +39,7 @@ func TestLayoutValidate(t *testing.T) {
 		"negative length":         {-1, MinPieceSize},
 		"length past the most":    {MaxLength + 1, largestPieceSize},
 		"length near overflow":    {1<<63 - 1, 1 << 62},
-		"small pieces":            {100, MinPieceSize / 2},
+		"small pieces":            {100, LeastPieceSize / 2},
 		"large pieces":            {100, largestPieceSize * 2},
 		"negative pieces":         {100, -MinPieceSize},
 		"no power of two":         {100, 3 * MinPieceSize},

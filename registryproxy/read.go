@@ -159,8 +159,22 @@ func (c *Client) BlobRange(ctx context.Context, repo Repository, dgst string, of
 	return c.blob(ctx, repo, dgst, off, n, who)
 }
 
+// ErrNoRange is what a registry that knows no ranges is found by.
+var ErrNoRange = errors.New("the registry answers a range with the whole")
+
+// BlobPart is BlobRange, but for a registry that answers with the whole: then it is
+// ErrNoRange.
+func (c *Client) BlobPart(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller) (*BlobBody, error) {
+	return c.answerRange(ctx, repo, dgst, off, n, who, true)
+}
+
 // blob asks for n bytes, -1 for all there are.
 func (c *Client) blob(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller) (*BlobBody, error) {
+	return c.answerRange(ctx, repo, dgst, off, n, who, false)
+}
+
+// answerRange is blob; a part must be one.
+func (c *Client) answerRange(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller, part bool) (*BlobBody, error) {
 	q := question{Route: Route{KindBlob, repo, dgst}, method: http.MethodGet, header: http.Header{}, who: who}
 	switch {
 	case off < 0:
@@ -180,6 +194,10 @@ func (c *Client) blob(ctx context.Context, repo Repository, dgst string, off, n 
 		return nil, err
 	}
 	a.body.count = c.bytes.WithLabelValues(KindBlob.String())
+	if part && a.status == http.StatusOK {
+		a.close()
+		return nil, ErrNoRange
+	}
 	b, err := a.blob(off, n)
 	if err != nil {
 		a.close()
