@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"time"
 
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
@@ -42,6 +43,11 @@ type Config struct {
 	// trips, fewer suit small hosts.
 	UpLanes, DownLanes int
 
+	// RangeBackground says when the rest of a content is got after the first bounded
+	// range of it was asked for: "off" for never, "first" for at once, else how long
+	// after. The rest costs network and disk, and makes later ranges quick.
+	RangeBackground string
+
 	// Proxy is the forward proxy for the host's programs.
 	Proxy ProxyConfig
 
@@ -64,9 +70,11 @@ func Default() Config {
 		Quota:         20 << 30,
 		UpLanes:       3,
 		DownLanes:     3,
-		Proxy:         ProxyConfig{Rules: registryproxy.DefaultRules(), Ports: []int{80, 443}},
-		URLs:          URLConfig{Prefix: "/p2p/", Ignore: signatures},
-		Registries:    registryproxy.Config{Default: "docker.io"},
+
+		RangeBackground: backgroundOff,
+		Proxy:           ProxyConfig{Rules: registryproxy.DefaultRules(), Ports: []int{80, 443}},
+		URLs:            URLConfig{Prefix: "/p2p/", Ignore: signatures},
+		Registries:      registryproxy.Config{Default: "docker.io"},
 	}
 }
 
@@ -103,6 +111,9 @@ func (c Config) Validate() error {
 	case len(c.Zone) > 64 || len(c.Rack) > 64:
 		return errors.New("zone and rack: want at most 64 bytes")
 	}
+	if _, err := c.background(); err != nil {
+		return err
+	}
 	if err := c.Proxy.validate(); err != nil {
 		return err
 	}
@@ -110,6 +121,26 @@ func (c Config) Validate() error {
 		return err
 	}
 	return c.Registries.Validate()
+}
+
+const (
+	backgroundOff   = "off"
+	backgroundFirst = "first"
+)
+
+// background is RangeBackground as the peer takes it.
+func (c Config) background() (time.Duration, error) {
+	switch c.RangeBackground {
+	case backgroundOff:
+		return -1, nil
+	case backgroundFirst:
+		return 0, nil
+	}
+	d, err := time.ParseDuration(c.RangeBackground)
+	if err != nil || d <= 0 {
+		return 0, fmt.Errorf("range-background %q: want off, first, or a duration such as 10m", c.RangeBackground)
+	}
+	return d, nil
 }
 
 // advertised returns host:port of the peer listener, at listen, for others.

@@ -152,6 +152,9 @@ func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 	peer := dfget.PeerConfig{
 		Supernodes: cfg.Supernodes, Zone: cfg.Zone, Rack: cfg.Rack, UpLanes: cfg.UpLanes, DownLanes: cfg.DownLanes,
 	}
+	if peer.Background, err = cfg.background(); err != nil {
+		return err
+	}
 	var s *server
 	if cfg.PeerListen != "" {
 		if s, err = d.listen(cfg.PeerListen, peerListen); err != nil {

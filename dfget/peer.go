@@ -45,6 +45,10 @@ type PeerConfig struct {
 	// way; 0 is 3. They should be equal: downloads that outnumber uploads starve
 	// each other. More lanes make each slower and take a piece of memory each.
 	UpLanes, DownLanes int
+	// Background is how long after the first range of a content the rest is got as
+	// well, 0 for at once; negative is never: then of a content of which only
+	// bounded ranges are read only their pieces are.
+	Background time.Duration
 }
 
 // Validate tells what is wrong with c.

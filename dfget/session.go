@@ -289,8 +289,11 @@ func (p *Peer) joinLocked(s *session, st *Stream) {
 			size += len(k) + len(v) + 8
 		}
 	}
-	s.send(holdMessage(p.store, id))
+	lazy := st.lazy && st.task.lazy
+	if st.task.session != s || !lazy { // else it is known
+		s.send(holdMessage(p.store, id))
+	}
 	s.send(message{size: size + len(origin.URL), add: func(u *api.Up) {
-		u.Join = append(u.Join, api.Join{Seq: seq, Task: string(id), Origin: origin, Small: true})
+		u.Join = append(u.Join, api.Join{Seq: seq, Task: string(id), Origin: origin, Small: true, Lazy: lazy})
 	}})
 }

@@ -89,6 +89,8 @@ type Stream struct {
 	off, end int64 // what is left of the range; end is -1 for an unknown end
 	length   int64
 	given    bool // a byte has been
+	lazy     bool // it is a bounded range, for which no more need be got
+	asked    int  // up to which piece it has asked for pieces
 	mixed    bool // of the region, before the origin's
 
 	fromStore, fromOrigin atomic.Int64
@@ -123,6 +125,7 @@ func (p *Peer) open(ctx context.Context, req Request, off, n int64) (*Stream, er
 	s := &Stream{p: p, id: req.ID, origin: req.Origin, off: off, answer: make(chan answer, 1)}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.direct = &direct{from: req.Direct}
+	s.lazy = n >= 0 && p.cfg.Background != 0
 	err := s.open(n) // it has s.ctx
 	if err != nil {
 		_ = s.Close()
@@ -136,6 +139,9 @@ func (s *Stream) open(n int64) error {
 	if cause == "" && err == nil {
 		if err = s.bound(s.content.Layout().Length, n); err != nil || s.off == s.end {
 			return err
+		}
+		if s.lazy && s.length == s.size {
+			s.p.wantAll(s.task)
 		}
 		cause, err = s.await(time.Now().Add(firstTimeout))
 	}
@@ -186,7 +192,7 @@ func (s *Stream) join() (cause string, err error) {
 	}
 	t := p.tasks[s.id]
 	if t == nil {
-		t = &task{id: s.id, over: make(chan struct{}), streams: make(map[*Stream]struct{})}
+		t = &task{id: s.id, over: make(chan struct{}), streams: make(map[*Stream]struct{}), lazy: s.lazy}
 		p.tasks[s.id] = t
 	}
 	t.streams[s] = struct{}{}
@@ -261,13 +267,16 @@ func (s *Stream) await(limit time.Time) (cause string, err error) {
 	if s.own {
 		return causeStore, nil
 	}
-	if s.end < s.size {
+	switch {
+	case s.lazy:
+		end = min(end, first+lazyRun)
+	case s.end < s.size:
 		end = min(end, first+wantRun)
-	} else {
+	default:
 		end = first + 1
 	}
-	if !limit.IsZero() {
-		s.p.ask(s.task, first, end)
+	if !limit.IsZero() || s.lazy {
+		s.p.ask(s, first, end)
 	}
 	for began := time.Now(); ; {
 		ctx, cancel := context.WithTimeout(s.ctx, wantAfter)
@@ -286,7 +295,7 @@ func (s *Stream) await(limit time.Time) (cause string, err error) {
 		if cause := s.p.stalled(s.task, l, first, began); cause != "" {
 			return cause, nil
 		}
-		s.p.ask(s.task, first, end)
+		s.p.ask(s, first, end)
 	}
 }
 
@@ -342,9 +351,19 @@ func (s *Stream) leave() {
 	if s.task == nil {
 		return
 	}
+	t := s.task
 	s.p.mu.Lock()
-	delete(s.task.streams, s)
-	idle := s.p.settleLocked(s.task)
+	delete(t.streams, s)
+	if delete(t.wants, s); t.lazy {
+		s.p.wantLocked(t)
+		if len(t.streams) == 0 && s.p.cfg.Background < 0 {
+			if t.later != nil {
+				t.later.Stop()
+			}
+			t.later = time.AfterFunc(restAfter, func() { s.p.rest(t) })
+		}
+	}
+	idle := s.p.settleLocked(t)
 	s.p.mu.Unlock()
 	release(idle)
 }
@@ -398,6 +417,9 @@ func (s *Stream) next() error {
 	i := first + 1
 	for i < end && i-first < wantRun && s.content.Has(i) {
 		i++
+	}
+	if s.lazy && s.asked < end && i+lazyRun/2 >= s.asked { // before its reader waits for them
+		s.p.ask(s, i, min(end, i+lazyRun))
 	}
 	s.runEnd = min(l.Offset(i), s.end)
 	s.run = s.content.NewReader(s.ctx, s.off, s.runEnd-s.off)

@@ -1,9 +1,11 @@
 package dfget
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 
 const (
 	wantRun   = 16                     // pieces that a reader of a bounded range asks for at once
+	lazyRun   = 64                     // and one of a lazy task
 	wantEvery = 250 * time.Millisecond // between two Wants of a task
 )
 
@@ -41,9 +44,13 @@ type task struct {
 	checking bool
 	check    bool // once more
 	complete bool
-	want     api.Want // the last one
+	want     []api.Run // the last one
 	wanted   time.Time
-	fetched  int64 // bytes that the supernode has, by its last Progress,
+	wants    map[*Stream]api.Run // what streams wait for, or will before long
+	lazy     bool                // only that is got, and not yet all
+	later    *time.Timer         // until the rest is wanted, or nothing of it any more
+	sparse   bool                // the supernode has not found the whole right when the last digest comes
+	fetched  int64               // bytes that the supernode has, by its last Progress,
 	progress time.Time
 }
 
@@ -203,11 +210,26 @@ func (p *Peer) granted(s *session, m api.Task) {
 		p.giveUp(t)
 		return
 	}
-	if t.session != s {
-		t.session, t.want = s, api.Want{}
+	if c.Layout() != m.Layout { // it is whole in another one, and the caller may read it
+		t.content, t.complete = c, true
+		s.send(leaveMessage(t.id))
+		s.answerLocked(m.Seq, answer{content: c, stored: true})
+		idle := p.settleLocked(t)
+		p.mu.Unlock()
+		release(idle)
+		return
 	}
-	t.num, t.ticket = m.Num, m.Ticket
+	if t.session != s {
+		t.session, t.want, t.wanted = s, nil, time.Time{}
+	}
+	t.num, t.ticket, t.sparse = m.Num, m.Ticket, t.sparse || m.Sparse
 	s.nums[m.Num] = t
+	if t.lazy = t.lazy && st.lazy; t.lazy && t.later == nil && p.cfg.Background > 0 {
+		t.later = time.AfterFunc(p.cfg.Background, func() { p.wantAll(t) })
+	}
+	if t.lazy {
+		p.wantLocked(t)
+	}
 	if t.content == nil {
 		t.content = c
 		have := c.Have()
@@ -241,11 +263,14 @@ func (p *Peer) prepare(t *task, m api.Task, o api.Origin) (*pieces.Content, erro
 	c := t.content // only this goroutine sets it, and asked keeps it
 	switch {
 	case c == nil:
+		if c = p.wholeElse(t.id, m.Layout); c != nil {
+			break
+		}
 		var err error
 		if c, err = p.store.Create(pieces.Meta{ID: t.id, Layout: m.Layout, Public: public}); err != nil {
 			return nil, err
 		}
-	case c.Layout() != m.Layout:
+	case c.Layout() != m.Layout && (!c.Complete() || t.id.Content() == ""):
 		return nil, fmt.Errorf("%w: it has another length now", errNotNow)
 	}
 	for _, name := range public {
@@ -254,6 +279,20 @@ func (p *Peer) prepare(t *task, m api.Task, o api.Origin) (*pieces.Content, erro
 		}
 	}
 	return c, nil
+}
+
+// wholeElse returns a content of that length that is whole in the store in another
+// layout, or nil: the region began it anew, for ranges or for all.
+func (p *Peer) wholeElse(id pieces.TaskID, l pieces.Layout) *pieces.Content {
+	c, err := p.store.Get(id)
+	if err != nil {
+		return nil
+	}
+	if id.Content() != "" && c.Complete() && c.Layout() != l && c.Layout().Length == l.Length {
+		return c
+	}
+	c.Release()
+	return nil
 }
 
 // given takes in a content that came with the answer.
@@ -295,7 +334,10 @@ func (p *Peer) checkLocked(ctx context.Context, t *task) {
 		for t.check && ctx.Err() == nil {
 			t.check = false
 			p.mu.Unlock()
-			full, lost := p.check(ctx, t.content)
+			full, lost, wrong := p.check(ctx, t.content, t.sparse)
+			if wrong {
+				p.drop(t.id, "it does not have its digest")
+			}
 			p.mu.Lock()
 			t.complete = full || t.complete && !lost
 			if lost && t.session != nil {
@@ -310,17 +352,27 @@ func (p *Peer) checkLocked(ctx context.Context, t *task) {
 	})
 }
 
-// check tells whether all pieces are there, and whether one turned out not to be.
-func (p *Peer) check(ctx context.Context, c *pieces.Content) (full, lost bool) {
+// check tells whether all pieces are there, whether one turned out not to be, and
+// of a sparse content whether all of them are not what they should be together.
+func (p *Peer) check(ctx context.Context, c *pieces.Content, sparse bool) (full, lost, wrong bool) {
 	have := c.Have()
 	for i := range have.All() {
 		if ctx.Err() != nil {
-			return false, false
+			return false, false, false
 		}
 		lost = !c.Has(i) || lost
 	}
 	if lost || !have.Full() {
-		return false, lost
+		return false, lost, false
+	}
+	if d := c.ID().Content(); d != "" && sparse && !c.Complete() {
+		sum := d.Verifier()
+		if _, err := c.CopyRange(sum, 0, c.Layout().Length); err != nil {
+			return false, false, false
+		}
+		if !sum.Verified() {
+			return false, false, true
+		}
 	}
 	if !c.Complete() {
 		// The last digest came when the supernode had found the whole right.
@@ -328,7 +380,7 @@ func (p *Peer) check(ctx context.Context, c *pieces.Content) (full, lost bool) {
 			p.log.Warn("task is not noted as complete", zap.String("task", string(c.ID())), zap.Error(err))
 		}
 	}
-	return true, false
+	return true, false, false
 }
 
 // learn takes in digests of pieces.
@@ -381,14 +433,93 @@ func (p *Peer) drop(id pieces.TaskID, reason string) {
 
 // ask puts what a reader waits for before other pieces: those from first to end,
 // as far as is good.
-func (p *Peer) ask(t *task, first, end int) {
-	now := time.Now()
+func (p *Peer) ask(s *Stream, first, end int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	want := api.Want{Task: t.num, First: first, Count: end - first}
-	if t.session == nil || want == t.want || now.Sub(t.wanted) < wantEvery {
+	s.asked = end
+	if s.task.wants == nil {
+		s.task.wants = make(map[*Stream]api.Run)
+	}
+	s.task.wants[s] = api.Run{First: first, Count: end - first}
+	p.wantLocked(s.task)
+}
+
+// wantLocked tells the supernode what t's streams wait for, when that is news.
+func (p *Peer) wantLocked(t *task) {
+	now := time.Now()
+	if t.session == nil || t.content == nil || !t.lazy && now.Sub(t.wanted) < wantEvery {
 		return
 	}
-	t.want, t.wanted = want, now
-	t.session.send(message{size: 24, add: func(u *api.Up) { u.Want = append(u.Want, want) }})
+	runs := make([]api.Run, 0, len(t.wants))
+	for _, r := range t.wants {
+		for r.Count > 0 && t.content.Has(r.First) {
+			r.First++
+			r.Count--
+		}
+		if r.Count > 0 {
+			runs = append(runs, r)
+		}
+	}
+	slices.SortFunc(runs, func(a, b api.Run) int { return cmp.Or(a.First-b.First, a.Count-b.Count) })
+	runs = slices.Compact(runs)
+	runs = runs[:min(len(runs), api.MaxRuns)]
+	if t.lazy {
+		if t.withinLocked(runs, t.want) && t.withinLocked(t.want, runs) {
+			return
+		}
+	} else if slices.Equal(runs, t.want) || len(runs) == 0 {
+		return
+	}
+	t.want, t.wanted = runs, now
+	t.session.send(wantMessage(t.num, runs, false))
+}
+
+// withinLocked tells whether all of some runs that has not come is in others.
+func (t *task) withinLocked(runs, others []api.Run) bool {
+	for _, r := range runs {
+		for i := r.First; i < r.First+r.Count; i++ {
+			in := func(o api.Run) bool { return o.First <= i && i < o.First+o.Count }
+			if !t.content.Has(i) && !slices.ContainsFunc(others, in) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+func wantMessage(num int32, runs []api.Run, all bool) message {
+	w := api.Want{Task: num, All: all}
+	if len(runs) > 0 {
+		w.First, w.Count, w.More = runs[0].First, runs[0].Count, runs[1:]
+	}
+	return message{size: 24 + 8*len(runs), add: func(u *api.Up) { u.Want = append(u.Want, w) }}
+}
+
+// wantAll makes t one of which the host wants all.
+func (p *Peer) wantAll(t *task) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !t.lazy || t.session == nil {
+		return
+	}
+	t.lazy = false
+	t.session.send(wantMessage(t.num, t.want, true))
+}
+
+// restAfter is how long the digests of a lazy task are kept after its last reader.
+const restAfter = time.Minute
+
+// rest ends the host's part in a lazy task that nobody reads any more, but for
+// what it has of it.
+func (p *Peer) rest(t *task) {
+	p.mu.Lock()
+	var idle *pieces.Content
+	if s := t.session; s != nil && t.lazy && len(t.streams) == 0 && t.asked == 0 && t.coming == 0 && !t.checking {
+		s.send(leaveMessage(t.id))
+		s.send(holdMessage(p.store, t.id))
+		p.forgetLocked(t)
+		idle = p.settleLocked(t)
+	}
+	p.mu.Unlock()
+	release(idle)
 }

@@ -43,6 +43,16 @@ func firstBut(a, b, but bitset, start int) int {
 	return -1
 }
 
+// firstOfAll returns the first member of a, b and c at or after start, or -1.
+func firstOfAll(a, b, c bitset, start int) int {
+	for w, mask := start>>6, since(start); w < len(a); w, mask = w+1, ^uint64(0) {
+		if word := a[w] & b[w] & c[w] & mask; word != 0 {
+			return w<<6 + bits.TrailingZeros64(word)
+		}
+	}
+	return -1
+}
+
 // first is firstBoth with the bits of b flipped where they are set in flip.
 func first(a, b bitset, flip uint64, start int) int {
 	if len(a) == 0 {

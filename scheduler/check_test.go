@@ -95,7 +95,7 @@ func checkPeer(s *Scheduler, p *peer) error {
 		if coming > 1 {
 			return fmt.Errorf("piece %d comes to it %d times", i, coming)
 		}
-		if want := p.wants && !p.have.has(i) && coming == 0; p.need.has(i) != want {
+		if want := p.wants && (!p.lazy || p.want != nil && p.want.has(i)) && !p.have.has(i) && coming == 0; p.need.has(i) != want {
 			return fmt.Errorf("needs piece %d: %v, want %v", i, p.need.has(i), want)
 		}
 		if p.need.has(i) {
@@ -129,7 +129,7 @@ func checkZone(t *task, z *zone) error {
 	for _, p := range t.peers {
 		if p != nil && z.members.has(p.slot) {
 			peers++
-			if p.wants && p.host.opens() {
+			if p.wants && !p.lazy && p.host.opens() {
 				openers++
 			}
 		}

@@ -14,6 +14,9 @@
 // one that a host has or that is on the way to it; seeds, which are supernodes, do
 // not count. A piece without a copy is fresh.
 //
+// A lazy peer wants only the pieces that its readers wait for (Want): those alone
+// it needs, until it joins for all.
+//
 // # A piece, as seen from one peer
 //
 //	           assign                     Done, Have

@@ -2,6 +2,7 @@ package scheduler
 
 import (
 	"maps"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -108,16 +109,29 @@ func (s *Scheduler) TaskRemove(now time.Time, id TaskID) {
 // Join makes host one that has these pieces of task and wants all others; a
 // seed wants none. Joining again replaces what is known of its pieces.
 func (s *Scheduler) Join(now time.Time, host HostID, task TaskID, have pieces.Set) {
-	s.join(now, host, task, have, true)
+	s.join(now, host, task, have, wantsAll)
+}
+
+// JoinLazy is Join for a host that wants only what it asks for by Want. One that
+// has joined goes on wanting all.
+func (s *Scheduler) JoinLazy(now time.Time, host HostID, task TaskID, have pieces.Set) {
+	s.join(now, host, task, have, wantsSome)
 }
 
 // Hold is Join for a host that wants nothing more. One that has joined goes on
 // wanting.
 func (s *Scheduler) Hold(now time.Time, host HostID, task TaskID, have pieces.Set) {
-	s.join(now, host, task, have, false)
+	s.join(now, host, task, have, wantsNone)
 }
 
-func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Set, wants bool) {
+// What a host that joins wants.
+const (
+	wantsNone = iota
+	wantsSome
+	wantsAll
+)
+
+func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Set, wants int) {
 	s.clock(now)
 	h, t := s.hosts[host], s.tasks[task]
 	if h == nil || t == nil || have.Cap() != t.n && have.Cap() != 0 {
@@ -136,13 +150,20 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 			s.lose(p, i)
 		}
 	}
-	if wants && !h.seed && !p.wants {
-		p.wants, p.since = true, s.now
+	switch {
+	case h.seed || wants == wantsNone:
+	case wants == wantsSome && !p.wants:
+		p.wants, p.lazy, p.since = true, true, s.now
+		p.rethink(nil)
+	case wants == wantsAll && (!p.wants || p.lazy):
+		p.wants, p.lazy, p.since = true, false, s.now
 		if h.opens() {
 			p.zone.openers++
 		}
 		for i := range t.n {
-			p.reopen(i)
+			if !p.coming(i) {
+				p.reopen(i)
+			}
 		}
 	}
 	s.changed(p)
@@ -188,17 +209,62 @@ func (s *Scheduler) Lost(now time.Time, host HostID, task TaskID, first, count i
 	s.changed(p)
 }
 
-// Want puts a run of pieces before all others that host lacks of task: a reader
-// waits at them. It replaces the host's earlier Want for the task; a count of 0
-// ends it.
-func (s *Scheduler) Want(now time.Time, host HostID, task TaskID, first, count int) {
+// Want puts runs of pieces before all others that host lacks of task: readers
+// wait at them. It replaces the host's earlier Want for the task; without a run it
+// ends it. A run out of range is left out.
+func (s *Scheduler) Want(now time.Time, host HostID, task TaskID, runs ...Run) {
 	s.clock(now)
 	p := s.peer(host, task)
-	if p == nil || count != 0 && !p.task.includes(first, count) {
+	if p == nil {
 		return
 	}
-	p.wantFirst, p.wantEnd = first, first+count
+	before := p.want
+	p.want = nil
+	for _, r := range runs {
+		if !p.task.includes(r.First, r.Count) {
+			continue
+		}
+		if p.want == nil {
+			p.want = newBitset(p.task.n)
+		}
+		for i := r.First; i < r.First+r.Count; i++ {
+			p.want.set(i)
+		}
+	}
+	if p.lazy {
+		p.rethink(before)
+	}
 	s.queue(p.host)
+}
+
+// rethink makes what readers wait for all that p needs, after they waited for
+// before.
+func (p *peer) rethink(before bitset) {
+	for w, word := range before {
+		word &= p.need[w]
+		if p.want != nil {
+			word &^= p.want[w]
+		}
+		p.need[w] &^= word
+		p.needs -= bits.OnesCount64(word)
+	}
+	for w, word := range p.want {
+		for word &^= p.have[w] | p.need[w]; word != 0; word &= word - 1 {
+			if i := w<<6 + bits.TrailingZeros64(word); !p.coming(i) {
+				p.reopen(i)
+			}
+		}
+	}
+}
+
+// coming tells whether a transfer brings piece i to p that nothing else is to bring.
+func (p *peer) coming(i int) bool {
+	for _, tr := range p.host.downs {
+		if tr.child == p && !tr.reopened && tr.covers(i) {
+			return true
+		}
+	}
+	return false
 }
 
 // Done notes that one verified piece of a transfer has come. The last one ends
@@ -355,7 +421,7 @@ func (s *Scheduler) detach(p *peer) {
 			s.cancel(tr)
 		}
 	}
-	if p.wants && h.opens() {
+	if p.wants && !p.lazy && h.opens() {
 		p.zone.openers--
 	}
 	p.wants = false

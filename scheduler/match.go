@@ -1,5 +1,7 @@
 package scheduler
 
+import "damselfly.dev/pieces"
+
 // match gives lanes to whoever has use for them, until nothing that changed is
 // left to look at: first the upload lanes, each to one of the hungry, then the
 // download lanes that are still free.
@@ -124,10 +126,11 @@ func (s *Scheduler) assignRun(child, parent *peer, i int) {
 // run returns the most pieces of a transfer to child.
 func (s *Scheduler) run(child *peer) int {
 	one := s.pieceTime(child)
+	least := max(1, int(pieces.MinPieceSize/child.task.layout.PieceSize))
 	if one == 0 {
-		return 1
+		return least
 	}
-	return max(1, min(int(s.cfg.Run/one), child.task.n/taskShare, child.needs/needShare, maxRun))
+	return max(least, min(int(s.cfg.Run/one), child.task.n/taskShare, child.needs/needShare, maxRun))
 }
 
 const (

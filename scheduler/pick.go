@@ -168,7 +168,7 @@ func (s *Scheduler) feedFirst(c *peer) bool { return s.feedFresh(c) || s.feedAcr
 
 // feedWanted looks for a parent for the first pieces c's reader waits for.
 func (s *Scheduler) feedWanted(c *peer) bool {
-	at := c.wantFirst
+	at := 0
 	for range s.cfg.Sample {
 		i := c.wanted(c.need, at)
 		if i < 0 {
@@ -233,7 +233,10 @@ func (s *Scheduler) feedFresh(c *peer) bool {
 // one its reader waits for, else the next round the task; or -1.
 func (s *Scheduler) freshFor(c, seed *peer) int {
 	t, copied := c.task, copied(c, seed)
-	if i := c.wanted(seed.have, c.wantFirst); i >= 0 && !copied.has(i) {
+	if c.lazy {
+		return firstBut(c.need, seed.have, copied, 0)
+	}
+	if i := c.wanted(seed.have, 0); i >= 0 && !copied.has(i) {
 		return i
 	}
 	at := t.fresh
@@ -302,12 +305,12 @@ func (s *Scheduler) feedRare(c *peer) bool {
 // feedAgain has a seed send c a piece that others have as well: only when none
 // of them has a lane for it (which the caller has tried), the seed has sent all
 // it has once, and both have a lane idle. As long as the seed still gets pieces
-// itself, all their lanes must be.
+// itself, all their lanes must be; but who is lazy has a reader waiting.
 func (s *Scheduler) feedAgain(c *peer) bool {
 	t := c.task
 	for _, p := range t.seeds {
 		idle := len(p.host.ups) == 0 && len(c.host.downs) == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
-		if p.has < t.n && !idle || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || !s.mayBring(c, p) {
+		if p.has < t.n && !idle && !c.lazy || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || !s.mayBring(c, p) {
 			s.offer(p)
 			continue
 		}
@@ -323,7 +326,7 @@ func (s *Scheduler) feedAgain(c *peer) bool {
 // else the rarest of a sample. There is one.
 func (s *Scheduler) pieceFor(c, p *peer) int {
 	no := barred(c, p)
-	if i := c.wanted(p.have, c.wantFirst); i >= 0 && (no == nil || !no.has(i)) {
+	if i := c.wanted(p.have, 0); i >= 0 && (no == nil || !no.has(i)) {
 		return i
 	}
 	copies := c.zone.copies
@@ -337,13 +340,10 @@ func (s *Scheduler) pieceFor(c, p *peer) int {
 // wanted returns the first piece from at on that c needs, its reader waits for
 // and is in the set, or -1.
 func (c *peer) wanted(set bitset, at int) int {
-	if c.wantFirst == c.wantEnd {
+	if c.want == nil {
 		return -1
 	}
-	if i := firstBoth(c.need, set, at); i >= at && i < c.wantEnd {
-		return i
-	}
-	return -1
+	return firstOfAll(c.need, set, c.want, at)
 }
 
 // candidate is a piece that may be assigned, and how many copies there are.

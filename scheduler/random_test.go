@@ -144,9 +144,12 @@ func (r *region) join(id HostID, task TaskID) {
 	}
 	set := have.Clone()
 	r.part[id][task] = &set
-	if r.rnd.IntN(10) == 0 {
+	switch r.rnd.IntN(10) {
+	case 0:
 		r.s.Hold(r.now, id, task, have)
-	} else {
+	case 1, 2:
+		r.s.JoinLazy(r.now, id, task, have)
+	default:
 		r.s.Join(r.now, id, task, have)
 	}
 }
@@ -188,7 +191,7 @@ func (r *region) step() {
 		}
 		r.s.Lost(r.now, id, task, at, count)
 	case k < 88:
-		r.s.Want(r.now, id, task, at, count)
+		r.s.Want(r.now, id, task, Run{at, count}, Run{r.rnd.IntN(r.n[task]), 1})
 	case k < 91:
 		r.lie()
 	case k < 92:
@@ -225,7 +228,7 @@ func (r *region) lie() {
 	if r.n[task] < 78 {
 		r.s.Have(r.now, id, task, a, b)
 		r.s.Lost(r.now, id, task, a, b)
-		r.s.Want(r.now, id, task, a, b)
+		r.s.Want(r.now, id, task, Run{a, b})
 	}
 	r.s.Join(r.now, id, task, pieces.FullSet(77))
 	r.s.HostDown(r.now, 99)
@@ -309,8 +312,10 @@ func (r *region) calm() error {
 
 func (r *region) fed() bool {
 	for _, h := range r.s.list {
-		if len(h.wanting) > 0 && h.down > 0 {
-			return false
+		for _, p := range h.wanting {
+			if h.down > 0 && (!p.lazy || p.needs > 0) {
+				return false
+			}
 		}
 	}
 	return true

@@ -11,6 +11,9 @@ type HostID int32
 // TaskID names a task. The caller chooses it and may use it again after TaskRemove.
 type TaskID int32
 
+// Run is Count pieces from First on.
+type Run struct{ First, Count int }
+
 // TransferID names a transfer. The scheduler gives it and never gives it again.
 type TransferID uint64
 

@@ -171,7 +171,7 @@ func (r *script) command(name string, args []string) error {
 		s.TaskRemove(r.now, TaskID(num(0)))
 	case "leave":
 		s.Leave(r.now, HostID(num(0)), TaskID(num(1)))
-	case "join", "hold", "have", "lost", "want":
+	case "join", "lazy", "hold", "have", "lost", "want":
 		r.have(name, HostID(num(0)), TaskID(num(1)), append(args, "none")[2])
 	case "done", "fail", "soon":
 		r.decisions()
@@ -216,12 +216,14 @@ func (r *script) have(name string, host HostID, task TaskID, which string) {
 		r.s.Join(r.now, host, task, set)
 	case "hold":
 		r.s.Hold(r.now, host, task, set)
+	case "lazy":
+		r.s.JoinLazy(r.now, host, task, set)
 	case "have":
 		r.s.Have(r.now, host, task, first, last-first+1)
 	case "lost":
 		r.s.Lost(r.now, host, task, first, last-first+1)
 	case "want":
-		r.s.Want(r.now, host, task, first, set.Len())
+		r.s.Want(r.now, host, task, Run{first, set.Len()})
 	}
 }
 

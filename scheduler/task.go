@@ -44,9 +44,10 @@ type peer struct {
 	has   int
 	needs int
 
-	wantFirst, wantEnd int  // the run a reader waits for
-	offered            bool // stands in host.offers
-	listed             bool // stands in host.wanting
+	lazy    bool   // it wants only what readers wait for
+	want    bitset // what readers wait for; nil is nothing
+	offered bool   // stands in host.offers
+	listed  bool   // stands in host.wanting
 }
 
 func newTask(id TaskID, l pieces.Layout) *task {
@@ -148,7 +149,7 @@ func (p *peer) lose(i int) (last bool) {
 
 // reopen makes piece i one that p needs, if it wants and lacks it.
 func (p *peer) reopen(i int) {
-	if p.wants && !p.have.has(i) && !p.need.has(i) {
+	if p.wants && !p.have.has(i) && !p.need.has(i) && (!p.lazy || p.want != nil && p.want.has(i)) {
 		p.need.set(i)
 		p.needs++
 	}

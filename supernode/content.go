@@ -83,7 +83,7 @@ func (l *lease) lacks(span registryproxy.ByteRange) int {
 	layout := l.Layout()
 	first, end := layout.Span(span.Offset, span.Length)
 	for i := first; i < end; i++ {
-		held := i == layout.Count()-1 && !l.Complete() && (l.fetch == nil || !l.whole())
+		held := i == layout.Count()-1 && !l.Complete() && !l.sparse() && (l.fetch == nil || !l.whole())
 		if held || !l.Has(i) {
 			return i
 		}

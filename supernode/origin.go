@@ -74,6 +74,11 @@ type fetch struct {
 	fail    context.CancelCauseFunc // ends broken
 	fetched atomic.Int64            // how far it has come, in bytes
 
+	sparse  atomic.Bool // it brings what is asked for, as demand says
+	demand  *demand     // nil for one that brings all from the beginning
+	length  int64       // of a sparse one
+	version string      // of what it reads
+
 	mu     sync.Mutex // guards spares
 	spares []source   // others who may read it
 }
@@ -99,6 +104,9 @@ func (l *lease) whole() bool {
 	}
 }
 
+// sparse tells whether also the last piece is given away before the whole is there.
+func (l *lease) sparse() bool { return l.fetch != nil && l.fetch.sparse.Load() }
+
 // wait waits until the content is whole, at most until ctx ends.
 func (l *lease) wait(ctx context.Context) error {
 	if l.whole() {
@@ -117,6 +125,9 @@ func (l *lease) wait(ctx context.Context) error {
 // verify looks at what the store has of the content, so that no look at a piece
 // of it takes long from then on.
 func (l *lease) verify() {
+	if !l.InDoubt() {
+		return
+	}
 	have := l.Have()
 	for i := range have.All() {
 		l.Has(i)
@@ -124,8 +135,9 @@ func (l *lease) verify() {
 }
 
 // bring returns a content for the caller of src, which may be still on its way:
-// a fetch is begun when there is neither a whole content nor a fetch.
-func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*lease, error) {
+// a fetch is begun when there is neither a whole content nor a fetch. A lazy
+// caller will ask for what it wants by the lease's fetch, where that is sparse.
+func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, lazy bool) (*lease, error) {
 	for {
 		l := &lease{drops: o.drops.Load()}
 		l.fetch = o.find(id)
@@ -142,12 +154,15 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 				o.drop(id, err.Error(), l.drops)
 				continue
 			}
-			l.fetch = o.begin(id, src)
+			l.fetch = o.begin(id, src, lazy)
 		}
 		if l.fetch == nil {
 			return nil, errStopping
 		}
 		if l.fetch.from != src.from() {
+			if l.fetch.sparse.Load() {
+				return nil, errOthers // it may last for as long as anybody reads
+			}
 			select {
 			case <-l.fetch.done:
 				continue
@@ -162,9 +177,9 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 		}
 		mine := l.fetch.key == src.key()
 		if err := l.fetch.err(); err != nil {
-			if _, no := refused(err); no && !mine {
+			if _, no := refused(err); no && !mine || errors.Is(err, errIdle) {
 				<-l.fetch.done
-				continue // that was the answer to somebody else
+				continue // that was the answer to somebody else, or there is none
 			}
 			return nil, err
 		}
@@ -175,12 +190,14 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source) (*leas
 		}
 		if mine {
 			l.public = slices.Contains(l.Meta().Public, src.name())
+			l.fetch.use(src, lazy)
 			return l, nil
 		}
 		if err := l.admit(ctx, src); err != nil {
 			return l.or(err)
 		}
 		l.fetch.spare(src)
+		l.fetch.use(src, lazy)
 		return l, nil
 	}
 }
@@ -221,7 +238,7 @@ func (o *origin) compare(c *pieces.Content, src source) error {
 	case <-o.ctx.Done():
 		return context.Cause(o.ctx)
 	}
-	in := &stream{origin: o, fetch: &fetch{}, src: src, length: -1, tries: triesBefore}
+	in := &stream{origin: o, ctx: o.ctx, fetch: &fetch{}, src: src, length: -1, tries: triesBefore}
 	defer in.close()
 	if _, err := in.open(); err != nil {
 		return err
@@ -282,18 +299,36 @@ func (o *origin) cached(id pieces.TaskID) *pieces.Content {
 
 // begin returns a new fetch, or one that somebody else has just begun; nil when
 // there are to be no more.
-func (o *origin) begin(id pieces.TaskID, src source) *fetch {
+func (o *origin) begin(id pieces.TaskID, src source, lazy bool) *fetch {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if f := o.running[id]; f != nil || o.ctx.Err() != nil {
 		return f
 	}
 	f := &fetch{id: id, from: src.from(), key: src.key(), ready: make(chan struct{}), whole: make(chan struct{}), done: make(chan struct{})}
+	if lazy {
+		f.demand = newDemand(src)
+	}
 	f.broken, f.fail = context.WithCancelCause(context.Background())
 	o.running[id] = f
 	o.wg.Go(func() { o.run(f, src) })
 	return f
 }
+
+// use notes one who may read it and uses it, to go on with, and to bring all for
+// unless it is lazy.
+func (f *fetch) use(src source, lazy bool) {
+	if !f.sparse.Load() {
+		return
+	}
+	f.demand.renew(src)
+	if !lazy {
+		f.demand.wantAll()
+	}
+}
+
+// idles tells whether there is nothing to bring until somebody asks for it.
+func (f *fetch) idles() bool { return f.sparse.Load() && f.demand.idles() }
 
 // err returns why the fetch has failed, nil as long as it has not.
 func (f *fetch) err() error { return context.Cause(f.broken) }
@@ -323,7 +358,7 @@ func (o *origin) run(f *fetch, src source) {
 	err := o.fetch(f, src)
 	if err != nil {
 		f.fail(err)
-		if _, no := refused(err); !no && o.ctx.Err() == nil {
+		if _, no := refused(err); !no && o.ctx.Err() == nil && !errors.Is(err, errIdle) {
 			o.log.Warn("fetch from the origin failed", zap.String("task", string(f.id)), zap.Error(err))
 		}
 		if errors.Is(err, errWrong) || errors.Is(err, errChanged) {
@@ -358,16 +393,30 @@ func (o *origin) drop(id pieces.TaskID, reason string, seen int64) {
 
 // fetch brings what the store lacks of a content, and verifies it as a whole.
 func (o *origin) fetch(f *fetch, src source) error {
+	o.metrics.fetches.Inc()
+	defer o.metrics.fetches.Dec()
+	if f.demand != nil {
+		c, err := o.scatter(f, src)
+		if err != nil {
+			return err
+		}
+		if c != nil {
+			defer c.Release()
+			close(f.ready)
+			if err := o.fetchSparse(f, c); err != nil {
+				return err
+			}
+			o.finish(f, c)
+			return nil
+		}
+	}
 	select {
 	case o.slots <- struct{}{}:
 		defer func() { <-o.slots }()
 	case <-o.ctx.Done():
 		return context.Cause(o.ctx)
 	}
-	o.metrics.fetches.Inc()
-	defer o.metrics.fetches.Dec()
-
-	in := &stream{origin: o, fetch: f, src: src, length: -1, tries: triesBefore}
+	in := &stream{origin: o, ctx: o.ctx, fetch: f, src: src, length: -1, tries: triesBefore}
 	defer in.close()
 	c, err := o.prepare(f, in)
 	if err != nil {
@@ -379,18 +428,23 @@ func (o *origin) fetch(f *fetch, src source) error {
 	if err := o.fill(f, c, in); err != nil {
 		return err
 	}
+	o.finish(f, c)
+	return nil
+}
+
+// finish makes a content that is there and right known as whole.
+func (o *origin) finish(f *fetch, c *pieces.Content) {
 	o.count(f.id, c.Layout().Length)
 	close(f.whole)
 	if last := c.Layout().Count() - 1; last >= 0 {
 		o.told.published(f.id, last, c.Digest(last))
 	}
 	if c.Complete() {
-		return nil
+		return
 	}
 	if err := c.SetComplete(); err != nil {
 		o.log.Error("content is not kept", zap.String("task", string(f.id)), zap.Error(err))
 	}
-	return nil
 }
 
 // prepare opens the origin and returns the content that is to be filled: that
@@ -462,7 +516,7 @@ func (o *origin) resume(c *pieces.Content, in *stream) error {
 }
 
 // fill brings the pieces that c lacks and compares the whole with the task's id.
-// Every piece but the last is published as it comes.
+// Every piece but the last is published as it comes, of a sparse fetch each.
 func (o *origin) fill(f *fetch, c *pieces.Content, in *stream) error {
 	l := c.Layout()
 	if d := f.id.Content(); d != "" && l.Count() == 1 && !c.Has(0) {
@@ -475,15 +529,29 @@ func (o *origin) fill(f *fetch, c *pieces.Content, in *stream) error {
 	for i := range l.Count() {
 		var err error
 		var d pieces.Digest
-		if c.Has(i) {
+		sparse, there := f.sparse.Load(), c.Has(i)
+		if sparse {
+			var mine bool
+			if mine, err = f.demand.claim(i); err != nil {
+				return err
+			}
+			there = !mine
+		}
+		if there {
 			if d = c.Digest(i); sum != nil {
 				_, err = c.CopyRange(sum, l.Offset(i), l.Size(i))
 			}
 		} else {
 			d, err = o.take(c, i, in, sum)
 		}
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
+		case sparse && !there:
+			o.arrived(f, i, l.Size(i), d)
+			continue
+		case sparse:
+			continue
 		}
 		f.fetched.Store(l.Offset(i + 1))
 		if i < l.Count()-1 {
@@ -500,7 +568,7 @@ func (o *origin) fill(f *fetch, c *pieces.Content, in *stream) error {
 // fillAtOnce brings a content of one piece, which has the digest d.
 func (o *origin) fillAtOnce(d digest.Digest, c *pieces.Content, in *stream) error {
 	b := make([]byte, c.Layout().Length)
-	in.seek(0)
+	in.seek(0, 0)
 	if _, err := io.ReadFull(in, b); err != nil {
 		return err
 	}
@@ -513,12 +581,26 @@ func (o *origin) fillAtOnce(d digest.Digest, c *pieces.Content, in *stream) erro
 
 // take brings piece i.
 func (o *origin) take(c *pieces.Content, i int, in *stream, sum hash.Hash) (pieces.Digest, error) {
-	in.seek(c.Layout().Offset(i))
+	l, end := c.Layout(), int64(0)
+	if in.fetch.sparse.Load() {
+		if next, ranges := in.fetch.demand.gap(i+1, l.Count()); ranges {
+			end = l.Offset(next)
+		}
+	}
+	if in.off != l.Offset(i) || in.off >= in.end {
+		in.seek(l.Offset(i), end)
+	}
 	var r io.Reader = in
 	if sum != nil {
 		r = io.TeeReader(in, sum)
 	}
-	return c.Make(i, r)
+	d, err := c.Make(i, r)
+	if errors.Is(err, errWhole) {
+		in.fetch.demand.refused(i, 0)
+		in.seek(l.Offset(i), 0)
+		d, err = c.Make(i, r)
+	}
+	return d, err
 }
 
 // count notes that a content has come whole.

@@ -2,6 +2,7 @@ package supernode
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"math/rand/v2"
 	"runtime"
@@ -64,15 +65,20 @@ type task struct {
 	order     []int      // in which they were published
 	untold    bool       // some members were not told of all of them
 	members   map[scheduler.HostID]*member
-	needed    time.Time // when somebody last was found to need it
-	told      int64     // bytes, by the last Progress
+	fetch     *fetch      // that fills it, or did; nil for none
+	sparse    bool        // the last piece may be given away before the whole is there
+	wanted    map[int]int // pieces that members' readers wait for, and of how many
+	needed    time.Time   // when somebody last was found to need it
+	told      int64       // bytes, by the last Progress
 }
 
 // member is a host that has joined a task.
 type member struct {
 	*session
 	public   bool
-	given    bool // all of it with the answer to the join, and is none of the scheduler's
+	lazy     bool  // it wants only what its readers wait for
+	wants    []int // what they wait for, where the origin can be asked for it
+	given    bool  // all of it with the answer to the join, and is none of the scheduler's
 	ticketed time.Time
 	told     int // how many of the task's order it has the digests of
 }
@@ -273,7 +279,7 @@ func (r *region) hostDown(s *session) {
 	r.sched.HostDown(time.Now(), s.id)
 	for id := range s.holds {
 		if t := r.tasks[id]; t != nil {
-			delete(t.members, s.id)
+			t.forget(s.id)
 		}
 	}
 	for range s.transfers {
@@ -295,7 +301,7 @@ func (r *region) up(s *session, up *api.Up) {
 	}
 	for _, w := range up.Want {
 		if t := r.nums[scheduler.TaskID(w.Task)]; t != nil {
-			r.sched.Want(now, s.id, t.num, w.First, w.Count)
+			r.want(now, s, t, w)
 		}
 	}
 	for _, d := range up.Done {
@@ -311,8 +317,101 @@ func (r *region) up(s *session, up *api.Up) {
 		id := pieces.TaskID(l.Task)
 		s.holding(id, nil)
 		if t := r.tasks[id]; t != nil {
-			delete(t.members, s.id)
+			t.forget(s.id)
 			r.sched.Leave(now, s.id, t.num)
+		}
+	}
+}
+
+// want notes what readers on a host wait for.
+func (r *region) want(now time.Time, s *session, t *task, w api.Want) {
+	asked := w.Runs(t.layout.Count())
+	runs := make([]scheduler.Run, len(asked))
+	var wants []int
+	for k, a := range asked {
+		runs[k] = scheduler.Run{First: a.First, Count: a.Count}
+		for i := range a.Count {
+			wants = append(wants, a.First+i)
+		}
+	}
+	r.sched.Want(now, s.id, t.num, runs...)
+	m := t.members[s.id]
+	if m == nil {
+		return
+	}
+	if m.lazy || t.sparse {
+		t.demand(m, wants)
+	}
+	if m.lazy && w.All {
+		r.whole(now, t, m)
+	}
+}
+
+// whole makes a lazy member one that wants all.
+func (r *region) whole(now time.Time, t *task, m *member) {
+	m.lazy = false
+	if h := m.holds[t.id]; h != nil {
+		r.sched.Join(now, m.id, t.num, h.have)
+	}
+	if t.fetch != nil && t.fetch.demand != nil {
+		t.fetch.demand.wantAll()
+	}
+}
+
+// demand makes wants what a member's readers wait for, and asks the origin for what nobody
+// else does, or no longer.
+func (t *task) demand(m *member, wants []int) {
+	old := m.wants
+	m.wants = wants
+	var more, less []int
+	for _, i := range wants {
+		if t.wanted[i]++; t.wanted[i] == 1 && !t.published.Has(i) {
+			more = append(more, i)
+		}
+	}
+	for _, i := range old {
+		if t.wanted[i]--; t.wanted[i] <= 0 {
+			delete(t.wanted, i)
+			less = append(less, i)
+		}
+	}
+	if t.fetch == nil || t.fetch.demand == nil {
+		return
+	}
+	if len(less) > 0 {
+		t.fetch.demand.unwant(less...)
+	}
+	if len(more) > 0 {
+		t.fetch.demand.want(more...)
+	}
+}
+
+// forget makes a host no member.
+func (t *task) forget(id scheduler.HostID) {
+	if m := t.members[id]; m != nil {
+		t.demand(m, nil)
+		delete(t.members, id)
+	}
+}
+
+// fillBy notes the fetch that fills t from now on, and tells it what is wanted.
+func (t *task) fillBy(f *fetch) {
+	if f == nil || f == t.fetch {
+		return
+	}
+	t.fetch = f
+	if !f.sparse.Load() {
+		return
+	}
+	t.sparse = true
+	for i := range t.wanted {
+		if !t.published.Has(i) {
+			f.demand.want(i)
+		}
+	}
+	for _, m := range t.members {
+		if !m.lazy && !m.given {
+			f.demand.wantAll()
 		}
 	}
 }
@@ -403,13 +502,14 @@ func (r *region) failed(now time.Time, s *session, f api.Failed) {
 
 // grant makes a host one of a task's members and answers its join, with data
 // being all of a small content or nil. The lease is the region's from then on.
-func (r *region) grant(s *session, seq uint64, l *lease, data []byte) {
-	id, now := l.ID(), time.Now()
+func (r *region) grant(s *session, j api.Join, l *lease, data []byte) {
+	id, now, seq := l.ID(), time.Now(), j.Seq
 	if r.hosts[s.id] != s {
 		l.Release()
 		return
 	}
-	if l.drops != r.origin.drops.Load() {
+	idle := l.fetch != nil && errors.Is(l.fetch.err(), errIdle) // it has ended meanwhile
+	if l.drops != r.origin.drops.Load() || idle {
 		l.Release() // it may have been dropped meanwhile
 		s.refuse(seq, errDropped)
 		return
@@ -420,10 +520,11 @@ func (r *region) grant(s *session, seq uint64, l *lease, data []byte) {
 	} else {
 		l.Release()
 	}
+	t.fillBy(l.fetch)
 	m := t.members[s.id]
 	fresh := m == nil
 	if fresh {
-		m = &member{session: s, ticketed: now}
+		m = &member{session: s, ticketed: now, lazy: j.Lazy}
 		t.members[s.id] = m
 	}
 	m.public = l.public
@@ -435,6 +536,9 @@ func (r *region) grant(s *session, seq uint64, l *lease, data []byte) {
 	}
 	s.send(m.message(t, seq))
 	if !fresh && !m.given {
+		if m.lazy && !j.Lazy {
+			r.whole(now, t, m)
+		}
 		return
 	}
 	m.given = false // it lacks it again
@@ -443,6 +547,10 @@ func (r *region) grant(s *session, seq uint64, l *lease, data []byte) {
 	if h == nil || h.layout != t.layout {
 		h = &holding{t.layout, pieces.NewSet(t.layout.Count())}
 		s.holding(id, h)
+	}
+	if m.lazy {
+		r.sched.JoinLazy(now, s.id, t.num, h.have)
+		return
 	}
 	r.sched.Join(now, s.id, t.num, h.have)
 }
@@ -468,14 +576,15 @@ func (r *region) activate(now time.Time, l *lease) *task {
 	r.lastNum++
 	t := &task{
 		id: l.ID(), num: r.lastNum, content: l.Content, layout: l.Layout(),
-		members: map[scheduler.HostID]*member{}, needed: now,
+		members: map[scheduler.HostID]*member{}, wanted: map[int]int{}, needed: now,
+		sparse: l.sparse(),
 	}
 	t.published = l.Have()
 	last := t.layout.Count() - 1
 	for i := range t.layout.Count() {
 		switch {
 		case !t.published.Has(i):
-		case !l.Has(i), i == last && !l.whole():
+		case !l.Has(i), i == last && !l.whole() && !t.sparse:
 			t.published.Remove(i)
 		default:
 			t.order = append(t.order, i)
@@ -498,6 +607,9 @@ func (r *region) deactivate(t *task) {
 	r.decide() // cancels what is under way, while the task is known
 	for _, m := range t.members {
 		maps.DeleteFunc(m.transfers, func(_ scheduler.TransferID, tr transfer) bool { return tr.task == t })
+	}
+	if f := t.fetch; f != nil && f.demand != nil {
+		f.demand.end(errIdle)
 	}
 	t.content.Release()
 	delete(r.tasks, t.id)
@@ -551,6 +663,9 @@ func (r *region) lost(id pieces.TaskID, i int) {
 	r.do(func() {
 		if t := r.tasks[id]; t != nil && t.published.Has(i) && !t.content.Has(i) {
 			t.published.Remove(i)
+			if t.fetch != nil && t.fetch.sparse.Load() {
+				t.fetch.demand.lost(i, t.wanted[i] > 0)
+			}
 			r.sched.Lost(time.Now(), seed, t.num, i, 1)
 		}
 	})
@@ -562,7 +677,9 @@ func (r *region) review(now time.Time) {
 	for _, t := range r.tasks {
 		f := r.origin.find(t.id)
 		if f != nil {
-			t.needed = now
+			if !f.idles() {
+				t.needed = now
+			}
 			r.progress(t, f.fetched.Load())
 		}
 		for _, m := range t.members {

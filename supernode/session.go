@@ -214,6 +214,9 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 			return err
 		}
 		n := 1 + len(up.Join) + len(up.Want) + len(up.Done) + len(up.Soon) + len(up.Failed) + len(up.Leave)
+		for _, w := range up.Want {
+			n += len(w.More)
+		}
 		for _, h := range up.Hold {
 			n += 1 + len(h.Have)/16
 		}
@@ -279,7 +282,7 @@ func (s *session) join(ctx context.Context, j api.Join) {
 		s.refuse(j.Seq, err)
 		return
 	}
-	l, err := s.node.origin.bring(ctx, id, src)
+	l, err := s.node.origin.bring(ctx, id, src, j.Lazy)
 	if err != nil {
 		s.refuse(j.Seq, err)
 		return
@@ -290,14 +293,14 @@ func (s *session) join(ctx context.Context, j api.Join) {
 		data = l.small(ctx)
 	}
 	r := s.node.region
-	r.do(func() { r.grant(s, j.Seq, l, data) })
+	r.do(func() { r.grant(s, j, l, data) })
 }
 
 // small returns all of a small content, for which it waits a little; nil when
 // it is not small, or not there yet.
 func (l *lease) small(ctx context.Context) []byte {
 	n := l.Layout().Length
-	if n == 0 || n > api.MaxInline {
+	if n == 0 || n > api.MaxInline || l.sparse() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, smallTimeout)
@@ -380,7 +383,7 @@ func (s *session) inline(c *pieces.Content, off, n int64) []byte {
 
 // message grants a join, or renews its ticket; the ticket is signed when it is sent.
 func (m *member) message(t *task, seq uint64) message {
-	task := api.Task{Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public}
+	task := api.Task{Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public, Sparse: t.sparse}
 	s := m.session
 	return message{size: 512, first: true, add: func(b *api.Down) {
 		task.Ticket = s.ticket(t.id)

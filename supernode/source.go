@@ -19,6 +19,11 @@ type source interface {
 	// known. A *registryproxy.Refusal is the origin's no; isPassing tells what may
 	// do better later.
 	open(ctx context.Context, off, length int64) (*body, error)
+	// part returns the bytes from off to end, errWhole where the origin gives only
+	// all of them.
+	part(ctx context.Context, off, end int64) (*body, error)
+	// measure asks for the length, without the bytes.
+	measure(ctx context.Context) (*body, error)
 	// allowed returns nil when the caller may read c, which is cached, and
 	// whether anyone may; errChanged when c is no longer what the origin has.
 	allowed(ctx context.Context, c *pieces.Content) (public bool, err error)
@@ -43,12 +48,14 @@ type body struct {
 	length    int64  // of the whole content, -1 if not known
 	mediaType string // of a manifest
 	version   string // of what a URL gives, "" where it does not say
+	partial   bool   // of what a URL gives, a range
 	counted   bool   // its bytes have been counted as read from the origin
 }
 
 var (
 	errChanged = errors.New("the origin has other content by now")
 	errWrong   = errors.New("the content does not have its digest")
+	errWhole   = errors.New("the origin gives no ranges")
 	errOthers  = errors.New("the content is another origin's")
 )
 
@@ -109,6 +116,22 @@ func (s *registrySource) open(ctx context.Context, off, length int64) (*body, er
 	}
 	rest := io.NopCloser(bytes.NewReader(m.Body[min(off, m.Size):]))
 	return &body{ReadCloser: rest, from: off, length: m.Size, mediaType: m.MediaType, counted: true}, nil
+}
+
+func (s *registrySource) part(ctx context.Context, off, end int64) (*body, error) {
+	b, err := s.client.BlobPart(ctx, s.repo, s.digest, off, end-off, s.who)
+	if errors.Is(err, registryproxy.ErrNoRange) {
+		return nil, errWhole
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &body{ReadCloser: b.ReadCloser, from: off, length: b.Length}, nil
+}
+
+func (s *registrySource) measure(ctx context.Context) (*body, error) {
+	size, err := s.client.HeadBlob(ctx, s.repo, s.digest, s.who)
+	return &body{length: size}, err
 }
 
 // manifest gets a manifest from its registry, and counts it.

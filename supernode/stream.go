@@ -28,11 +28,13 @@ const (
 // stopped when the origin breaks off.
 type stream struct {
 	*origin
+	ctx     context.Context // of its requests
 	fetch   *fetch
 	src     source
 	body    io.ReadCloser // nil when the origin is to be asked
 	length  int64         // of the whole, -1 as long as it is not known
 	off     int64         // of the next byte
+	end     int64         // where what is asked for ends, 0 for with the whole
 	version string
 	counted bool
 	began   bool
@@ -53,20 +55,28 @@ func (s *stream) restart() {
 	s.off, s.length, s.began, s.fails = 0, -1, false, 0
 }
 
-// seek makes off the offset of the next byte.
-func (s *stream) seek(off int64) {
-	if s.off != off {
+// seek makes off the offset of the next byte, and end the end of what is asked for.
+func (s *stream) seek(off, end int64) {
+	if s.off != off || s.end != end {
 		s.close()
-		s.off = off
+		s.off, s.end = off, end
 	}
+}
+
+// ask asks the origin from s.off on.
+func (s *stream) ask() (*body, error) {
+	if s.end > 0 {
+		return s.src.part(s.ctx, s.off, s.end)
+	}
+	return s.src.open(s.ctx, s.off, s.length)
 }
 
 // open asks the origin from s.off on, again and again while that may help.
 func (s *stream) open() (*body, error) {
 	for {
-		b, err := s.src.open(s.ctx, s.off, s.length)
+		b, err := s.ask()
 		if err == nil {
-			if s.began && (b.version != s.version || b.length >= 0 && s.length >= 0 && b.length != s.length) {
+			if s.began && (b.version != s.version && (s.version != "" || s.end == 0) || b.length >= 0 && s.length >= 0 && b.length != s.length) {
 				_ = b.Close()
 				return nil, errChanged
 			}
@@ -126,7 +136,11 @@ func (s *stream) Read(p []byte) (int, error) {
 		if n > 0 {
 			s.off += int64(n)
 			s.fails = 0
-			s.fetch.fetched.Store(s.off)
+			if s.end == 0 {
+				s.fetch.fetched.Store(s.off)
+			} else {
+				s.fetch.fetched.Add(int64(n))
+			}
 			if !s.counted {
 				s.metrics.originBytes.Add(float64(n))
 			}

@@ -214,14 +214,10 @@ func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error
 	if s.proved(s.proof, v.Checked, within) {
 		return false, nil
 	}
-	b, err := s.ask(ctx, http.MethodHead, "")
-	if r, ok := errors.AsType[*registryproxy.Refusal](err); ok && r.Status != http.StatusTooManyRequests {
-		b, err = s.ask(ctx, http.MethodGet, "bytes=0-0") // its words, and some take no HEAD
-	}
+	b, err := s.measure(ctx)
 	if err != nil {
 		return false, err
 	}
-	_ = b.Close()
 	other := b.length >= 0 && b.length != c.Layout().Length
 	switch {
 	case named && other:
@@ -237,6 +233,26 @@ func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error
 // caller.
 func (s *urlSource) lasts(v note) bool {
 	return time.Since(v.Checked) <= proofLife && (!v.Own && !s.own || s.proved(s.proof, v.Checked, proofLife))
+}
+
+func (s *urlSource) measure(ctx context.Context) (*body, error) {
+	b, err := s.ask(ctx, http.MethodHead, "")
+	if r, ok := errors.AsType[*registryproxy.Refusal](err); ok && r.Status != http.StatusTooManyRequests {
+		b, err = s.ask(ctx, http.MethodGet, "bytes=0-0") // its words, and some take no HEAD
+	}
+	if err == nil {
+		_ = b.Close()
+	}
+	return b, err
+}
+
+func (s *urlSource) part(ctx context.Context, off, end int64) (*body, error) {
+	b, err := s.ask(ctx, http.MethodGet, fmt.Sprintf("bytes=%d-%d", off, end-1))
+	if err == nil && (!b.partial || b.from != off) {
+		_ = b.Close()
+		return nil, errWhole
+	}
+	return b, err
 }
 
 func (s *urlSource) open(ctx context.Context, off, _ int64) (*body, error) {
@@ -286,7 +302,7 @@ func (s *urlSource) ask(ctx context.Context, method, span string) (*body, error)
 		return nil, refusal(resp.StatusCode, resp.Header, w)
 	}
 	b := &body{ReadCloser: w, length: resp.ContentLength, version: version(resp.Header)}
-	if resp.StatusCode == http.StatusPartialContent {
+	if b.partial = resp.StatusCode == http.StatusPartialContent; b.partial {
 		if b.from, b.length, err = contentRange(resp.Header.Get("Content-Range")); err != nil {
 			_ = w.Close()
 			return nil, fmt.Errorf("ask %s: %w", s.url.Host, err)

@@ -52,6 +52,8 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Rack, "rack", c.Rack, "where in the zone the host is")
 	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to other hosts at once; keep it equal to --down-lanes")
 	fs.IntVar(&c.DownLanes, "down-lanes", c.DownLanes, "transfers from other hosts at once")
+	fs.StringVar(&c.RangeBackground, "range-background", c.RangeBackground,
+		"when to get the rest of a blob after a range of it: `off`, first (at once), or how long after, such as 10m")
 	fs.StringVar(&c.Proxy.Listen, "proxy-listen", c.Proxy.Listen, "`host:port` of a forward proxy for HTTP_PROXY and HTTPS_PROXY; empty: none")
 	fs.Var(cli.List("proxy-rules", func(r []registryproxy.Rule) { c.Proxy.Rules = r }), "proxy-rules", "what the proxy does with which URL, as a list in YAML: see docs/operating.md")
 	fs.IntSliceVar(&c.Proxy.Ports, "proxy-ports", c.Proxy.Ports, "ports that may be asked for through the proxy")

@@ -287,7 +287,7 @@ func (n *network) tick() {
 func (n *network) want(x *node) {
 	next := x.have.Run(0, x.have.Cap())
 	if next < x.have.Cap() && !x.dead && x.joined {
-		n.report(func(now time.Time, n *network) { n.sched.Want(now, x.id, task, next, 1) })
+		n.report(func(now time.Time, n *network) { n.sched.Want(now, x.id, task, scheduler.Run{First: next, Count: 1}) })
 	}
 }
 

@@ -74,6 +74,9 @@ type Join struct {
 	Task   string `cbor:"2,keyasint"`
 	Origin Origin `cbor:"3,keyasint"`
 	Small  bool   `cbor:"4,keyasint,omitempty"` // the host takes small content with the answer
+	// Lazy is a host that wants only what it asks for by Want, until a Join without
+	// it or a Want for All. It changes nothing for one that has joined without it.
+	Lazy bool `cbor:"5,keyasint,omitempty"`
 }
 
 // Origin is where a task's bytes come from: a repository of a registry (the
@@ -94,12 +97,44 @@ func (o Origin) String() string { return "origin" }
 // GoString is String, for %#v.
 func (o Origin) GoString() string { return "origin" }
 
-// Want asks for a run of pieces before any other of the task: a reader waits
-// at them. It replaces the host's earlier Want for the task.
+// Want asks for runs of pieces before any other of the task: readers wait at
+// them. It replaces the host's earlier Want for the task, and with a Count of 0
+// and no More ends it.
 type Want struct {
 	Task  int32 `cbor:"1,keyasint"`
 	First int   `cbor:"2,keyasint"`
 	Count int   `cbor:"3,keyasint"`
+	More  []Run `cbor:"4,keyasint,omitempty"` // of other readers, at most MaxRuns
+	All   bool  `cbor:"5,keyasint,omitempty"` // the host, which has joined as Lazy, wants the rest as well from now on
+}
+
+// Run is Count pieces from First on.
+type Run struct {
+	First int `cbor:"1,keyasint"`
+	Count int `cbor:"2,keyasint"`
+}
+
+// MaxRuns bounds the runs of a Want, and MaxWanted the pieces of all of them; what is
+// beyond is not asked for.
+const (
+	MaxRuns   = 64
+	MaxWanted = 4096
+)
+
+// Runs returns the runs asked for that lie within n pieces, as far as the bounds
+// allow.
+func (w Want) Runs(n int) []Run {
+	var runs []Run
+	left := MaxWanted
+	for _, r := range append([]Run{{w.First, w.Count}}, w.More[:min(len(w.More), MaxRuns)]...) {
+		if r.First < 0 || r.Count <= 0 || r.First >= n || r.Count > n-r.First || left == 0 {
+			continue
+		}
+		r.Count = min(r.Count, left)
+		left -= r.Count
+		runs = append(runs, r)
+	}
+	return runs
 }
 
 // Done reports one verified piece of a transfer; the run's last piece ends it.
@@ -144,6 +179,10 @@ type Task struct {
 	// it, or leaves. Only a Join that is Small is answered so.
 	Digest []byte `cbor:"7,keyasint,omitempty"` // as pieces.ParseDigests reads it
 	Data   []byte `cbor:"8,keyasint,omitempty"`
+	// Sparse is content that comes by ranges: the digest of the last piece may come
+	// before the whole has been found right, so the host verifies the whole itself
+	// before it counts it as complete.
+	Sparse bool `cbor:"9,keyasint,omitempty"`
 }
 
 // Refused is the answer to a Join that is not granted. A Status from 400 on
