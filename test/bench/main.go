@@ -35,6 +35,7 @@ var scenarios = []scenario{
 	{"single", "one host pulls a blob that nobody has had: time, first byte, CPU", single},
 	{"layers", "an image of 40 layers of 20 KB: cold, and when the supernode has it", layers},
 	{"small", "a blob of 1 MiB to eight hosts at once", small},
+	{"ranges", "readers of small ranges at random places: cold, warm, and straight from the registry", ranges},
 	{"stored", "a blob of the host's own store, beside nginx with the same file", stored},
 	{"memory", "peak memory with many large blobs at once", memory},
 	{"centre", "10 000 sessions on one supernode: test/load", centre},
