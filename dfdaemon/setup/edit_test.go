@@ -392,3 +392,33 @@ func TestOwner(t *testing.T) {
 	apply(t, p, err)
 	require.Equal(t, before, picture(t, root))
 }
+
+// The links of a host lead to places of that host, also where dfdaemon keeps what
+// it has done.
+func TestStateStaysBelowRoot(t *testing.T) {
+	for _, link := range []string{filepath.Dir(stateDir), stateDir, "/var"} {
+		t.Run(link, func(t *testing.T) {
+			root := lay(t, map[string]string{"/etc/docker/daemon.json": "{}\n"})
+			outside := filepath.Join(t.TempDir(), "data")
+			require.NoError(t, os.MkdirAll(outside, 0o755))
+			require.NoError(t, os.MkdirAll(filepath.Join(root, filepath.Dir(link)), 0o755))
+			require.NoError(t, os.MkdirAll(filepath.Join(root, outside), 0o755))
+			require.NoError(t, os.Symlink(outside, filepath.Join(root, link)))
+			before := picture(t, root)
+			p, err := Setup(Docker, at(root))
+			apply(t, p, err)
+			left, err := os.ReadDir(outside)
+			require.NoError(t, err)
+			require.Empty(t, left, "written outside of the root")
+			p, err = Setup(Docker, at(root))
+			require.NoError(t, err)
+			require.Empty(t, p.Changes(), "it does not know what it has done")
+			p, err = Unset(Docker, root)
+			apply(t, p, err)
+			if link != stateDir { // where the link leads is emptied and goes
+				require.Equal(t, before, picture(t, root))
+			}
+			require.Equal(t, "{}\n", files(t, picture(t, root), filepath.Join(root, "/etc/docker/daemon.json")))
+		})
+	}
+}

@@ -259,7 +259,7 @@ func (p *Plan) Apply() error {
 	if len(changed) == 0 && reflect.DeepEqual(t.state, p.after) && !t.littered() {
 		return nil
 	}
-	dirs := t.missingDirs(stateFile)
+	dirs := t.missingDirs(t.stateFile())
 	unlock, err := t.lock(dirs)
 	if err != nil {
 		return errors.Join(err, t.prune(dirs))
@@ -283,7 +283,7 @@ func (p *Plan) Apply() error {
 		}
 	}
 	for _, dir := range dirs {
-		if dir != stateDir && !slices.Contains(p.after.Dirs, dir) {
+		if dir != t.dir && !slices.Contains(p.after.Dirs, dir) {
 			p.after.Dirs = append(p.after.Dirs, dir)
 		}
 	}
@@ -300,7 +300,7 @@ func (t *tree) littered() bool {
 			return true
 		}
 	}
-	entries, err := os.ReadDir(filepath.Join(t.root, stateDir))
+	entries, err := os.ReadDir(filepath.Join(t.root, t.dir))
 	keep := t.state.names()
 	return err == nil && (len(t.state.Families) == 0 ||
 		slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !keep[e.Name()] }))
@@ -311,7 +311,7 @@ func (t *tree) lock(dirs []string) (unlock func(), err error) {
 	if err := t.mkdirs(dirs); err != nil {
 		return nil, err
 	}
-	d, err := os.Open(filepath.Join(t.root, stateDir))
+	d, err := os.Open(filepath.Join(t.root, t.dir))
 	if err != nil {
 		return nil, err
 	}

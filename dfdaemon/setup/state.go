@@ -68,7 +68,12 @@ func newTree(root string) (*tree, error) {
 	}
 	t := &tree{root: root, seen: map[string]*file{}, edits: map[*file][]Edit{}, writing: func() error { return nil }}
 	t.state = &state{Version: 1, Families: map[string]*family{}}
-	b, err := t.readState(stateFile)
+	full, err := t.real(stateDir)
+	if err != nil {
+		return nil, err
+	}
+	t.dir = t.onHost(full)
+	b, err := t.readState(t.stateFile())
 	if errors.Is(err, fs.ErrNotExist) {
 		return t, nil
 	}
@@ -78,10 +83,12 @@ func newTree(root string) (*tree, error) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(t.state); err != nil || t.state.Version != 1 || t.state.Families == nil {
-		return nil, fmt.Errorf("%s is not of this version of dfdaemon: unset with the one that wrote it", stateFile)
+		return nil, fmt.Errorf("%s is not of this version of dfdaemon: unset with the one that wrote it", t.stateFile())
 	}
 	return t, nil
 }
+
+func (t *tree) stateFile() string { return path.Join(t.dir, path.Base(stateFile)) }
 
 // readState reads a file of the state's directory.
 func (t *tree) readState(name string) ([]byte, error) {
@@ -125,12 +132,12 @@ func (t *tree) undoFile(f *file, r record) error {
 		f.now, f.stays = nil, false
 		return nil
 	case is == r.After:
-		b, err := t.readState(path.Join(stateDir, r.Backup))
+		b, err := t.readState(path.Join(t.dir, r.Backup))
 		if err != nil {
 			return err
 		}
 		if sum(b) != r.Before {
-			return fmt.Errorf("its copy %s is not what it was", path.Join(stateDir, r.Backup))
+			return fmt.Errorf("its copy %s is not what it was", path.Join(t.dir, r.Backup))
 		}
 		f.now = b
 		return nil
@@ -179,7 +186,7 @@ func (t *tree) records() (records []record, backups map[string][]byte) {
 // writeState writes the copies and then the state, or no state.
 func (t *tree) writeState(s *state, backups map[string][]byte, stays bool) error {
 	for _, name := range slices.Sorted(maps.Keys(backups)) {
-		if err := t.write(&file{path: path.Join(stateDir, name), mode: 0o600, uid: -1}, backups[name], true); err != nil {
+		if err := t.write(&file{path: path.Join(t.dir, name), mode: 0o600, uid: -1}, backups[name], true); err != nil {
 			return err
 		}
 	}
@@ -187,7 +194,7 @@ func (t *tree) writeState(s *state, backups map[string][]byte, stays bool) error
 	if err != nil {
 		return err
 	}
-	return t.write(&file{path: stateFile, mode: 0o600, uid: -1}, append(b, '\n'), stays)
+	return t.write(&file{path: t.stateFile(), mode: 0o600, uid: -1}, append(b, '\n'), stays)
 }
 
 // names are the files of the state's directory.
@@ -204,7 +211,7 @@ func (s *state) names() map[string]bool {
 // sweepState removes what the state does not name, and with nothing left its
 // directory.
 func (t *tree) sweepState(s *state) error {
-	dir := filepath.Join(t.root, stateDir)
+	dir := filepath.Join(t.root, t.dir)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err

@@ -22,6 +22,7 @@ const maxFile = 4 << 20 // bytes; no engine's configuration is larger
 // written before Plan.Apply.
 type tree struct {
 	root  string
+	dir   string // stateDir with its links resolved
 	state *state
 	seen  map[string]*file // by path
 	order []*file          // as they were opened
