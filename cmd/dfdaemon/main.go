@@ -55,7 +55,8 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.RangeBackground, "range-background", c.RangeBackground,
 		"when to get the rest of a blob after a range of it: `off`, first (at once), or how long after, such as 10m")
 	fs.StringVar(&c.Proxy.Listen, "proxy-listen", c.Proxy.Listen, "`host:port` of a forward proxy for HTTP_PROXY and HTTPS_PROXY; empty: none")
-	fs.Var(cli.List("proxy-rules", func(r []registryproxy.Rule) { c.Proxy.Rules = r }), "proxy-rules", "what the proxy does with which URL, as a list in YAML: see docs/operating.md")
+	cli.ListVar(fs, "proxy-rules", "what the proxy does with which URL, as a list in YAML: see docs/operating.md",
+		func(r []registryproxy.Rule) { c.Proxy.Rules = r })
 	fs.IntSliceVar(&c.Proxy.Ports, "proxy-ports", c.Proxy.Ports, "ports that may be asked for through the proxy")
 	fs.StringSliceVar((*[]string)(&c.Proxy.Intercept), "proxy-intercept", c.Proxy.Intercept,
 		"`host`s whose HTTPS the proxy opens, exact or *.corp; they need --proxy-ca")

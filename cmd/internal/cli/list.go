@@ -11,10 +11,12 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// List is a setting whose value is a list of things with keys, those of T's tags:
-// in a file as it stands there, in a flag or a variable as YAML. set gets the
-// list, whole each time.
-func List[T any](name string, set func([]T)) pflag.Value { return &list[T]{name, set} }
+// ListVar binds a setting whose value is a list of things with keys, those of T's
+// tags: in a file as it stands there, in a flag or a variable as YAML. set gets
+// the list, whole each time.
+func ListVar[T any](fs *pflag.FlagSet, name, usage string, set func([]T)) {
+	fs.Var(&list[T]{name, set}, name, usage)
+}
 
 type list[T any] struct {
 	name string // of the setting

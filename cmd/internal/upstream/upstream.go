@@ -17,11 +17,12 @@ func Flags(fs *pflag.FlagSet, cfg *registryproxy.Config) {
 	all := &registries{cfg: cfg}
 	fs.Var((*short)(all), "registry",
 		"a registry that is not at https://NAME, as NAME=URL such as docker.io=https://cache.corp/hub; may be repeated")
-	fs.Var(cli.List("registries", func(long []registryproxy.Upstream) {
-		all.long = long
-		all.set()
-	}), "registries",
-		"registries with mirrors, certificates, credentials or times of their own, as a list in YAML: see docs/operating.md")
+	cli.ListVar(fs, "registries",
+		"registries with mirrors, certificates, credentials or times of their own, as a list in YAML: see docs/operating.md",
+		func(long []registryproxy.Upstream) {
+			all.long = long
+			all.set()
+		})
 	fs.StringVar(&cfg.Default, "default-registry", cfg.Default,
 		"the registry of a request that names none; empty: such a request is refused")
 }
