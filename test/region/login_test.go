@@ -293,22 +293,16 @@ func TestLogins(t *testing.T) {
 					d.pullAs(t, from, row.host, "public/app", [3]int{200, 200, 200})
 				}
 			})
-			t.Run("of the region", func(t *testing.T) {
-				file := filepath.Join(t.TempDir(), "password")
-				require.NoError(t, os.WriteFile(file, []byte(password+"\n"), 0o600))
-				d.pullAs(t, registryproxy.Upstream{
-					Name: registryName, URL: d.url(), TLS: registryproxy.TLS{CA: d.cert}, Readers: registryproxy.ReadersRegion,
-					Credentials: registryproxy.Credentials{Username: user, PasswordFile: file},
-				}, row.host, "org/app", [3]int{200, 200, 200})
-			})
-			t.Run("of the region, wrong", func(t *testing.T) {
-				file := filepath.Join(t.TempDir(), "password")
-				require.NoError(t, os.WriteFile(file, []byte("wrong\n"), 0o600))
-				d.pullAs(t, registryproxy.Upstream{
-					Name: registryName, URL: d.url(), TLS: registryproxy.TLS{CA: d.cert}, Readers: registryproxy.ReadersRegion,
-					Credentials: registryproxy.Credentials{Username: user, PasswordFile: file},
-				}, row.host, "org/app", [3]int{200, 401, 401})
-			})
+			for secret, want := range map[string][3]int{password: {200, 200, 200}, "wrong": {200, 401, 401}} {
+				t.Run("of the region, "+secret, func(t *testing.T) {
+					file := filepath.Join(t.TempDir(), "password")
+					require.NoError(t, os.WriteFile(file, []byte(secret+"\n"), 0o600))
+					d.pullAs(t, registryproxy.Upstream{
+						Name: registryName, URL: d.url(), TLS: registryproxy.TLS{CA: d.cert}, Readers: registryproxy.ReadersRegion,
+						Credentials: registryproxy.Credentials{Username: user, PasswordFile: file},
+					}, row.host, "org/app", want)
+				})
+			}
 		})
 	}
 }

@@ -27,7 +27,7 @@ type bucket struct {
 	*httptest.Server
 	content []byte
 
-	mu   sync.Mutex
+	mu   sync.Mutex // guards sent
 	sent int64
 }
 
