@@ -106,7 +106,7 @@ const (
 func newProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) (p *proxy, err error) {
 	p = &proxy{
 		mirror: m, ports: cfg.Ports, intercept: cfg.Intercept, log: m.log,
-		opened: newOpened(), tunnels: tunnels{conns: map[net.Conn]struct{}{}},
+		opened: newOpened(), tunnels: tunnels{conns: map[net.Conn]struct{}{}, linger: lingerTime},
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "damselfly_proxy_requests_total",
 			Help: "Requests to the forward proxy, by what became of them.",
@@ -336,6 +336,10 @@ func (p *proxy) connect(c *gin.Context, w *reply, r *http.Request) {
 	if open := p.authority != nil && p.intercept.Has(host); !open {
 		if action, _ := p.rules.Decide(&url.URL{Scheme: "https", Host: strings.TrimSuffix(authority, ":443"), Path: "/"}); action == registryproxy.ActionRefuse {
 			p.refuse(w, http.StatusForbidden, "a rule refuses this host")
+			return
+		}
+		if p.tunnels.full() {
+			p.refuse(w, http.StatusServiceUnavailable, "there are too many connections through this proxy")
 			return
 		}
 		var err error

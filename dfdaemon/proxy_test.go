@@ -460,3 +460,35 @@ func (p *proxied) raw(t *testing.T, request string) (status int, answer string) 
 	require.NoError(t, resp.Body.Close())
 	return resp.StatusCode, string(b)
 }
+
+// A server that goes on when its client has gone keeps no place for ever.
+func TestTunnelsEndWithTheirClients(t *testing.T) {
+	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = ln.Close() })
+	ends := func() (near, far net.Conn) {
+		near, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", ln.Addr().String())
+		require.NoError(t, err)
+		far, err = ln.Accept()
+		require.NoError(t, err)
+		t.Cleanup(func() { _, _ = near.Close(), far.Close() })
+		return near, far
+	}
+	client, a := ends()
+	b, server := ends()
+	tunnels := tunnels{conns: map[net.Conn]struct{}{}, linger: 100 * time.Millisecond}
+	over := make(chan struct{})
+	go func() {
+		tunnels.join(a, b)
+		close(over)
+	}()
+	require.NoError(t, client.Close())
+	_, err = io.Copy(io.Discard, server) // it has seen the end, and does nothing
+	require.NoError(t, err)
+	select {
+	case <-over:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the tunnel of a client that has gone stays")
+	}
+	require.Empty(t, tunnels.conns)
+}

@@ -5,13 +5,21 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
+	"time"
 )
 
-// maxTunnels bounds what is passed on as it is at once.
-const maxTunnels = 1024
+const (
+	maxTunnels = 1024 // passed on as they are at once
+	// lingerTime is how long an end may say nothing when the other has ended: it
+	// may have gone for good.
+	lingerTime = 5 * time.Minute
+)
 
 // tunnels are connections that are passed on as they are.
 type tunnels struct {
+	linger time.Duration
+
 	mu     sync.Mutex // guards what follows
 	conns  map[net.Conn]struct{}
 	closed bool
@@ -23,17 +31,43 @@ func (t *tunnels) join(a, b net.Conn) {
 		return
 	}
 	defer t.untrack(a, b)
+	var half atomic.Bool
 	var wg sync.WaitGroup
 	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
 		wg.Go(func() {
-			_, err := io.Copy(way[1], way[0])
-			if half, ok := way[1].(interface{ CloseWrite() error }); ok && err == nil && half.CloseWrite() == nil {
+			_, err := io.Copy(way[1], lingering{way[0], &half, t.linger})
+			if out, ok := way[1].(interface{ CloseWrite() error }); ok && err == nil && out.CloseWrite() == nil {
+				half.Store(true)
+				_ = way[1].SetReadDeadline(time.Now().Add(t.linger)) // of the Read that waits
 				return
 			}
 			_, _ = a.Close(), b.Close()
 		})
 	}
 	wg.Wait()
+}
+
+// lingering is a connection of which a Read waits for at most linger once the
+// other way has ended.
+type lingering struct {
+	net.Conn
+	half   *atomic.Bool
+	linger time.Duration
+}
+
+// Read implements io.Reader.
+func (l lingering) Read(p []byte) (int, error) {
+	if l.half.Load() {
+		_ = l.SetReadDeadline(time.Now().Add(l.linger))
+	}
+	return l.Conn.Read(p)
+}
+
+// full tells whether there are as many as there may be.
+func (t *tunnels) full() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.conns) >= 2*maxTunnels
 }
 
 // track notes connections that close is to close, and closes them where it was
