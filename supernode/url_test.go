@@ -253,6 +253,24 @@ func TestCallersHeaderStaysWithItsHost(t *testing.T) {
 	require.Equal(t, hexOf(b), hexOf(host.content(string(pieces.URLTaskID(u)))))
 }
 
+// Hosts learn nothing of what clouds tell the supernode's machine alone.
+func TestLinkLocalAddressesAreNotAsked(t *testing.T) {
+	r := start(t, nil, t.TempDir(), nil)
+	h := dial(t, r, "one")
+	for i, to := range []string{"169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"} {
+		u := "http://" + to + "/latest/meta-data"
+		if i == 2 {
+			moved := httptest.NewServer(http.RedirectHandler(u, http.StatusFound))
+			t.Cleanup(moved.Close)
+			u = moved.URL + "/"
+		}
+		_, no := h.join(string(pieces.URLTaskID(u)), api.Origin{URL: u})
+		require.NotNil(t, no)
+		require.False(t, no.Final)
+		require.Contains(t, no.Reason, "link-local", to)
+	}
+}
+
 func FuzzContentRange(f *testing.F) {
 	for _, s := range []string{"bytes 0-1/2", "bytes 5-9/*", "bytes */5", "", "bytes -1-0/0", "bytes 9-1/9223372036854775808"} {
 		f.Add(s)

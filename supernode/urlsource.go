@@ -10,12 +10,14 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/textproto"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -58,7 +60,7 @@ func newWeb(stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
 			CheckRedirect: redirect,
 			Transport: &http.Transport{
 				Proxy:                 http.ProxyFromEnvironment,
-				DialContext:           (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
+				DialContext:           (&net.Dialer{Timeout: 3 * time.Second, Control: notLinkLocal}).DialContext,
 				TLSHandshakeTimeout:   urlTimeout,
 				ResponseHeaderTimeout: urlTimeout,
 				MaxIdleConnsPerHost:   16,
@@ -70,6 +72,15 @@ func newWeb(stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
 		stall: stall, fresh: fresh, seen: seen, log: log,
 		proofs: map[proof]proved{},
 	}
+}
+
+// notLinkLocal keeps hosts from what only this one may ask: clouds tell a machine's
+// own credentials at such addresses, and nothing is distributed from there.
+func notLinkLocal(_, address string, _ syscall.RawConn) error {
+	if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().Unmap().IsLinkLocalUnicast() {
+		return errors.New("link-local addresses are asked by nobody but the host itself")
+	}
+	return nil
 }
 
 // redirect keeps the caller's header with the host it is for.
