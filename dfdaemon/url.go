@@ -3,7 +3,9 @@ package dfdaemon
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"strings"
@@ -108,6 +110,9 @@ func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
 	if m.pull(w, r, u) {
 		return nil
 	}
+	if !ofThisHost(r) {
+		return &registryproxy.Error{Status: http.StatusForbidden, Code: "DENIED", Message: "whole URLs are read for programs of this host alone"}
+	}
 	if !mayReach(m.ports, hostOf(u.Host, u.Scheme)) {
 		return &registryproxy.Error{Status: http.StatusForbidden, Code: "DENIED", Message: "this port is not one of proxy-ports"}
 	}
@@ -116,6 +121,17 @@ func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
 		return &registryproxy.Error{Status: http.StatusBadRequest, Code: registryproxy.CodeUnsupported, Message: err.Error()}
 	}
 	return m.url(w, r, request, r.Header)
+}
+
+// ofThisHost tells whether a request comes from the host itself: wherever the
+// mirror listens, it is no open relay.
+func ofThisHost(r *http.Request) bool {
+	from, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil || from.Addr().Unmap().IsLoopback() {
+		return err == nil
+	}
+	local, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	return local != nil && from.Addr().Unmap() == local.AddrPort().Addr().Unmap()
 }
 
 // pull answers with the blob or manifest of a registry that u names; false when it

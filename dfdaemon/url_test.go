@@ -1,13 +1,19 @@
 package dfdaemon
 
 import (
+	"context"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap/zaptest"
+
+	"damselfly.dev/registryproxy"
 )
 
 func TestWhatIsBehindThePrefix(t *testing.T) {
@@ -40,6 +46,25 @@ func TestWhatIsBehindThePrefix(t *testing.T) {
 	u, err := c.behind(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/p2p/https://h/", nil))
 	require.NoError(t, err)
 	require.Nil(t, u)
+}
+
+func TestURLsAreForThisHostAlone(t *testing.T) {
+	m := &mirror{urls: Default().URLs}
+	var err error
+	m.registry, err = registryproxy.New(registryproxy.Config{}, zaptest.NewLogger(t), prometheus.NewRegistry())
+	require.NoError(t, err)
+	for from, want := range map[string]string{
+		"127.0.0.1:1": "proxy-ports", "[::1]:1": "proxy-ports", "[::ffff:127.0.0.1]:1": "proxy-ports", // the next that refuses it
+		"10.0.0.5:1": "proxy-ports", "10.0.0.6:1": "this host alone", "": "this host alone",
+	} {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/p2p/http://127.0.0.1/x", nil)
+		r = r.WithContext(context.WithValue(r.Context(), http.LocalAddrContextKey, &net.TCPAddr{IP: net.IPv4(10, 0, 0, 5), Port: 65001}))
+		r.RemoteAddr = from
+		w := httptest.NewRecorder()
+		m.handler().ServeHTTP(w, r)
+		require.Equal(t, http.StatusForbidden, w.Code)
+		require.Contains(t, w.Body.String(), want, from)
+	}
 }
 
 func TestURLSettings(t *testing.T) {
