@@ -159,13 +159,17 @@ func push(t *testing.T, o *origin) string {
 	t.Helper()
 	img, err := random.Image(layerSize, layers)
 	require.NoError(t, err)
-	u, err := url.Parse(o.URL)
-	require.NoError(t, err)
-	ref, err := name.ParseReference(u.Host+"/org/app:v1", name.Insecure)
-	require.NoError(t, err)
-	require.NoError(t, remote.Write(ref, img))
+	write(t, o.URL, img)
 	o.set(func() { clear(o.gets); o.sent = 0 })
 	return "org/app:v1"
+}
+
+// write puts an image into the registry at base, as org/app:v1.
+func write(t *testing.T, base string, img v1.Image) {
+	t.Helper()
+	ref, err := name.ParseReference(strings.TrimPrefix(base, "http://")+"/org/app:v1", name.Insecure)
+	require.NoError(t, err)
+	require.NoError(t, remote.Write(ref, img))
 }
 
 // pull is an engine's pull through a host: every byte of the image is checked.

@@ -11,17 +11,14 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/go-containerregistry/pkg/v1/random"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 
@@ -253,11 +250,7 @@ func troubleAtTheRegistry(t *testing.T, o *trouble) {
 	t.Helper()
 	img, err := random.Image(1<<20, 1)
 	require.NoError(t, err)
-	u, err := url.Parse(o.URL)
-	require.NoError(t, err)
-	ref, err := name.ParseReference(u.Host+"/org/app:v1", name.Insecure)
-	require.NoError(t, err)
-	require.NoError(t, remote.Write(ref, img))
+	write(t, o.URL, img)
 	hash, err := img.Digest()
 	require.NoError(t, err)
 	want := digest.Digest(hash.String())
