@@ -181,7 +181,7 @@ var ownHeaders = []string{
 // what lets the caller in.
 func urlRequest(r *http.Request, u *url.URL, ignore []string) (dfget.Request, error) {
 	header := r.Header.Clone()
-	for _, k := range strings.Split(strings.Join(r.Header["Connection"], ","), ",") {
+	for k := range strings.SplitSeq(strings.Join(r.Header["Connection"], ","), ",") {
 		header.Del(strings.TrimSpace(k))
 	}
 	for _, k := range ownHeaders {
