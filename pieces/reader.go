@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 )
 
@@ -46,7 +47,7 @@ func (c *Content) copySmall(w io.Writer, off, n int64) (int64, error) {
 		err = c.ended()
 	}
 	if err != nil {
-		return 0, fmt.Errorf("copy from %s: %w", c.id, err)
+		return 0, fmt.Errorf("copy from %s: %w", c.id, c.missed(err))
 	}
 	buf := c.store.buffer(n)
 	defer c.store.free(buf)
@@ -87,13 +88,23 @@ func (c *Content) openAt(off int64) (*os.File, error) {
 		if f != nil {
 			_ = f.Close()
 		}
-		return nil, err
+		return nil, c.missed(err)
 	}
 	if _, err := f.Seek(off, io.SeekStart); err != nil {
 		_ = f.Close()
 		return nil, err
 	}
 	return f, nil
+}
+
+// missed returns err, having removed the task where it says that somebody has
+// taken its content away.
+func (c *Content) missed(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		_ = c.store.Remove(c.id)
+		return ErrGone
+	}
+	return err
 }
 
 // takeSpare returns a file that was put back, nil when there is none.

@@ -199,9 +199,5 @@ func (t *task) open(name string, flag int) (*os.File, error) {
 		}
 		return nil, ended
 	}
-	if errors.Is(err, fs.ErrNotExist) { // somebody has taken it away
-		_ = t.store.Remove(t.id)
-		return nil, ErrGone
-	}
 	return f, err
 }
