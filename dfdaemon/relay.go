@@ -20,8 +20,8 @@ import (
 
 const (
 	regionDial   = 2 * time.Second
-	regionHeader = 5 * time.Second  // until the supernode's answer begins
-	regionWhole  = 10 * time.Second // until it has ended
+	regionHeader = 5 * time.Second // until the supernode's answer begins
+	regionWhole  = 8 * time.Second // until it has ended
 	maxAnswer    = registryproxy.MaxManifestSize
 )
 

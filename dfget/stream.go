@@ -18,11 +18,11 @@ import (
 
 const (
 	joinTimeout  = 8 * time.Second        // for the supernode's answer, which waits for the origin's
-	firstTimeout = 10 * time.Second       // for the first piece after that
+	firstTimeout = 8 * time.Second        // for the first piece after that
 	wantAfter    = 300 * time.Millisecond // a reader that waits longer asks for its piece
 	silentLimit  = 5 * time.Second        // nothing of the task has moved
 	lostLimit    = time.Second            // no session, and nothing on its way
-	lateLimit    = 15 * time.Second       // other pieces come
+	lateLimit    = 8 * time.Second        // other pieces come
 	movingLimit  = 30 * time.Second       // bytes come, but no whole piece for the reader
 	lateFactor   = 4                      // times what a piece is expected to take
 
