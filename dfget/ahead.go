@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -87,7 +89,7 @@ func (p *Peer) openAhead(ctx context.Context, es []*early) {
 			e.begun = p.early[e.key] == e // else it is asked for already
 			p.mu.Unlock()
 			if e.begun {
-				e.s, _ = p.open(ctx, e.req, 0, -1) // who asks for it learns what is wrong
+				e.s, _ = p.open(ctx, e.req, 0, api.MaxInline) // no more, whatever it was said to have; who asks for it learns what is wrong
 			}
 			return nil
 		})
@@ -140,8 +142,8 @@ func (p *Peer) claim(ctx context.Context, req Request) *Stream {
 		return nil
 	}
 	p.mu.Lock()
-	mine := !e.taken && e.s != nil
-	e.taken = true
+	mine := !e.taken && e.s != nil && e.s.end == e.s.size
+	e.taken = e.taken || mine
 	if p.early[key] == e {
 		delete(p.early, key)
 	}

@@ -102,6 +102,28 @@ func TestAhead(t *testing.T) {
 			require.Equal(t, []int64{0}, up.opened(), "the origin is asked by who wants it")
 		})
 	})
+	t.Run("is larger than it was said to be", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			large := newBlob(8 << 20)
+			_, n, h := bubble(t, PeerConfig{Background: -1}, func(n *fakeNode, up api.Up) {
+				for _, j := range up.Join {
+					n.send(api.Down{Task: []api.Task{n.grant(j, large)}, Digests: []api.Digests{digestsOf(large)}})
+				}
+			}, large)
+			r := Request{large.id, registryOrigin(), &upstream{bytes: large.bytes}}
+			h.Ahead([]Request{r})
+			synctest.Wait()
+			for _, j := range heard(n, joins) {
+				require.True(t, j.Lazy, "all of it is wanted")
+			}
+			got, err := get(t, h, r, 0, -1)
+			require.NoError(t, err)
+			require.Equal(t, large.bytes, got)
+			require.False(t, heard(n, joins)[1].Lazy)
+			pause(t, aheadLife+time.Second)
+			require.Empty(t, h.early)
+		})
+	})
 	t.Run("without a session", func(t *testing.T) {
 		h := newHost(t, t.TempDir(), PeerConfig{}, 0, nil)
 		r, up := ask()
