@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	"github.com/distribution/reference"
-	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -40,7 +39,7 @@ func checkCommand() cli.Command {
 	d := dfdaemon.Default()
 	c := &checkConfig{Config: check.Config{Mirror: d.MirrorListen, Metrics: d.MetricsListen, Platform: "linux/" + runtime.GOARCH}}
 	return cli.Command{
-		Use: "check IMAGE", Short: "Ask dfdaemon for an image as an engine would", Args: cobra.ExactArgs(1), Config: c, Level: zapcore.WarnLevel, Plain: true,
+		Use: "check IMAGE", Short: "Ask dfdaemon for an image as an engine would", Args: cli.One("IMAGE, such as docker.io/library/alpine"), Config: c, Level: zapcore.WarnLevel, Plain: true,
 		Long: `Asks the running dfdaemon for IMAGE's manifest, configuration and smallest layer,
 verifies them, and tells step by step what came through the swarm and what did not
 and why, by dfdaemon's metrics: what others pull at the same time counts too.

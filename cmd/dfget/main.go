@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -47,7 +46,7 @@ and, with --digest, verified. A download that was killed goes on where it was.
 
 Exit codes of its own: 3 the bytes do not have the digest, 4 the URL's server
 refuses, 5 FILE cannot be written.`,
-		Args:   cobra.ExactArgs(1),
+		Args:   cli.One("URL, and with -o a file to write"),
 		Config: cfg,
 		Level:  zapcore.WarnLevel,
 		Plain:  true,
@@ -92,6 +91,9 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 func (c *config) Validate() error {
 	if c.output == "" {
 		return errors.New("no output is given: name a file with -o")
+	}
+	if c.output == "-" {
+		return errors.New("the output is a file, which the standard output is not: name one with -o, ./- for one of that name")
 	}
 	if c.socket != "" && c.socket != noSocket && len(c.supernodes) > 0 {
 		return errors.New("--socket and --supernode exclude each other")

@@ -100,6 +100,7 @@ func TestCommand(t *testing.T) {
 		"malformed supernode":    {[]string{"--supernode", "10.0.0.1", url}, 2, "supernode"},
 		"no URL":                 {nil, 2, "arg"},
 		"no output":              {[]string{"-o", "", url}, 2, "-o"},
+		"standard output":        {[]string{"-o", "-", url}, 2, "the output is a file"},
 		"unknown flag":           {[]string{"--digets", sum, url}, 2, "--digets"},
 		"unknown key":            {[]string{"--config", config, url}, 2, `"digest"`},
 		"both ways":              {[]string{"--socket", "/s", "--supernode", gone.URL, url}, 2, "exclude"},

@@ -104,6 +104,16 @@ func (c Command) Execute(ctx context.Context, args []string, stdout, stderr io.W
 	return ExitUsage
 }
 
+// One takes exactly one argument, what.
+func One(what string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return fmt.Errorf("want one %s", what)
+		}
+		return nil
+	}
+}
+
 // cobra returns the command, whose variables begin with prefix and its name. It
 // sets ran when Run begins.
 func (c Command) cobra(ctx context.Context, prefix string, ran *bool) *cobra.Command {

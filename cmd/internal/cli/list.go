@@ -3,8 +3,10 @@ package cli
 import (
 	"errors"
 	"fmt"
+	"reflect"
 	"regexp"
 	"slices"
+	"time"
 
 	"github.com/go-viper/mapstructure/v2"
 	"github.com/spf13/pflag"
@@ -49,7 +51,7 @@ func (l *list[T]) SetTree(v any) error {
 	var read mapstructure.Metadata
 	var items []T
 	d, err := mapstructure.NewDecoder(&mapstructure.DecoderConfig{
-		Result: &items, Metadata: &read, DecodeHook: mapstructure.StringToTimeDurationHookFunc(),
+		Result: &items, Metadata: &read, DecodeHook: duration,
 	})
 	if err != nil {
 		return err
@@ -63,6 +65,19 @@ func (l *list[T]) SetTree(v any) error {
 	}
 	l.set(items)
 	return nil
+}
+
+// duration takes a time with a unit. A bare number would be nanoseconds.
+func duration(_, to reflect.Type, data any) (any, error) {
+	if to != reflect.TypeFor[time.Duration]() {
+		return data, nil
+	}
+	text := fmt.Sprint(data)
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		return nil, fmt.Errorf("%.100s: want a time with a unit, such as 3s", text)
+	}
+	return d, nil
 }
 
 // index is where mapstructure's errors name a key: "[0].mirrors[1].url".

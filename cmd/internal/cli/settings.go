@@ -37,6 +37,9 @@ func load(fs *pflag.FlagSet, env string) error {
 		}
 	}
 	for _, key := range v.AllKeys() {
+		if top, _, below := strings.Cut(key, "."); below && fs.Lookup(top) != nil && isSetting(top) {
+			return fmt.Errorf("read settings from %s: unknown key %q: %s has a plain value, or a list whose items begin with a dash", file, key, top)
+		}
 		if fs.Lookup(key) == nil || !isSetting(key) {
 			return fmt.Errorf("read settings from %s: unknown key %q, the nearest one is %q", file, key, nearest(fs, key))
 		}

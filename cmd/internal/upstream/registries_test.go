@@ -88,6 +88,8 @@ func TestWrongRegistries(t *testing.T) {
 		"registries: [{name: a.b}, {name: c, mirrors: [{uri: x}]}]": "registries[1].mirrors[0].uri: there is no such key",
 		"registries: [{name: a.b, credentials: {user: x}}]":         "registries[0].credentials.user: there is no such key",
 		"registries: [{name: a.b, header-timeout: soon}]":           "registries[0].header-timeout",
+		"registries: [{name: a.b, connect-timeout: 3}]":             "registries[0].connect-timeout: 3: want a time with a unit, such as 3s",
+		"registries: {name: a.b}":                                   `unknown key "registries.name": registries has a plain value, or a list`,
 		"registries: [{name: a.b, retries: many}]":                  "registries[0].retries",
 		"registries: [{name: a.b, mirrors: [{url: [1]}]}]":          "registries[0].mirrors[0].url",
 		"registries: [{url: https://x}]":                            `registries[0].name "" is not a host`,
