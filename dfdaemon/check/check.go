@@ -347,7 +347,7 @@ func (s *Step) refused(resp *http.Response) {
 	}
 	switch {
 	case resp.Header.Get(api.ErrorHeader) != "" || resp.StatusCode >= http.StatusInternalServerError:
-		s.end(Failed, said, "neither the region nor the registry answers dfdaemon: is the registry reached from here, and where dfdaemon's --registry says?")
+		s.end(Failed, said, "neither the region nor the registry answers dfdaemon, whose log says why: is the registry reached from here, and where dfdaemon's --registry says (plain HTTP only by http://)?")
 	case resp.StatusCode == http.StatusUnauthorized:
 		s.end(Refused, said, "the registry wants other credentials, or some: give the engine's with --username and --password-stdin")
 	default:
