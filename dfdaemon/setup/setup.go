@@ -175,7 +175,14 @@ func plan(e Engine, root string, want *asked) (*Plan, error) {
 		}
 	}
 	p.Notes = t.notes
-	p.restart(e)
+	if _, cri := all[CRIO]; cri && e == Podman {
+		p.restart(CRIO)
+	} else {
+		p.restart(e)
+	}
+	if len(t.changed()) == 0 && len(all) > 0 {
+		p.shared(e, want != nil, isSetUp, all)
+	}
 	return p, nil
 }
 
@@ -208,6 +215,21 @@ func (t *tree) setup(e Engine, c Config) error {
 	}
 }
 
+// shared explains why nothing changes: the other engine of the family has, or
+// still needs, what this one asks for or gives up.
+func (p *Plan) shared(e Engine, want, wasSetUp bool, all map[Engine]asked) {
+	switch {
+	case want && !wasSetUp && e == CRIO && len(all) > 1:
+		p.Notes = append(p.Notes, restartCRIO)
+	case !want && wasSetUp:
+		for other := range all {
+			p.Notes = append(p.Notes, fmt.Sprintf("%s is set up by the same files: they stay until dfdaemon unset %s", other, other))
+		}
+	}
+}
+
+const restartCRIO = "CRI-O reads its registries when it starts: restart it (systemctl restart crio; containers go on running)"
+
 // restart adds what the engine needs to take the changes up.
 func (p *Plan) restart(e Engine) {
 	var note string
@@ -219,7 +241,7 @@ func (p *Plan) restart(e Engine) {
 		case e == Docker:
 			note = "docker reads daemon.json when it is told to: reload it (systemctl reload docker)"
 		case e == CRIO:
-			note = "CRI-O reads its registries when it starts: restart it (systemctl restart crio; containers go on running)"
+			note = restartCRIO
 		}
 	}
 	if note != "" {

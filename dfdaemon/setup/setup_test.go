@@ -196,6 +196,28 @@ func testOneCase(t *testing.T, e Engine, name string) {
 	require.Equal(t, before, picture(t, root))
 }
 
+// Podman and CRI-O share their files: whose turn changes none says what is to be done.
+func TestSharedFilesAreExplained(t *testing.T) {
+	root := t.TempDir()
+	notes := func(p *Plan, err error) string {
+		t.Helper()
+		require.NoError(t, err)
+		require.NoError(t, p.Apply())
+		return strings.Join(p.Notes, "\n")
+	}
+	c := Config{Root: root, Mirror: "127.0.0.1:65001"}
+	require.Empty(t, notes(Setup(Podman, c)))
+	require.Equal(t, restartCRIO, notes(Setup(CRIO, c)))
+	require.Empty(t, notes(Setup(CRIO, c)))
+	c.Registries = []Registry{{Name: "quay.test"}}
+	require.Equal(t, restartCRIO, notes(Setup(Podman, c)))
+	c.Registries = nil
+	require.Equal(t, restartCRIO, notes(Setup(Podman, c)))
+	require.Contains(t, notes(Unset(Podman, root)), "they stay until dfdaemon unset crio")
+	require.Equal(t, restartCRIO, notes(Unset(CRIO, root)))
+	require.NoDirExists(t, filepath.Join(root, "etc"))
+}
+
 // What others write around our entry stays, and the entry goes.
 func TestUnsetAfterOthersHaveWritten(t *testing.T) {
 	for _, e := range Engines {
