@@ -98,7 +98,7 @@ func TestCommand(t *testing.T) {
 		"malformed header":       {[]string{"--header", "secret", url}, 2, "Name: value"},
 		"malformed URL":          {[]string{"file:///etc/passwd"}, 2, "http://"},
 		"malformed supernode":    {[]string{"--supernode", "10.0.0.1", url}, 2, "supernode"},
-		"no URL":                 {nil, 2, "arg"},
+		"no URL":                 {nil, 2, "want one URL"},
 		"no output":              {[]string{"-o", "", url}, 2, "-o"},
 		"standard output":        {[]string{"-o", "-", url}, 2, "the output is a file"},
 		"unknown flag":           {[]string{"--digets", sum, url}, 2, "--digets"},
