@@ -7,6 +7,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sony/gobreaker/v2"
+	"go.uber.org/zap"
 )
 
 // After so many failures in a row a host counts as down, and is not asked for a
@@ -33,6 +34,21 @@ func newBreaker(failures uint32, pause time.Duration) *gobreaker.CircuitBreaker[
 		IsSuccessful: func(err error) bool { return !isDown(err) },
 		IsExcluded:   func(err error) bool { return err != nil && !isDown(err) && !answered(err) },
 	})
+}
+
+// tell logs when a host goes down, for what, and when it is back: each once.
+func (e *endpoint) tell(log *zap.Logger, registry string, err error) {
+	names := []zap.Field{zap.String("registry", registry), zap.String("host", e.name)}
+	switch {
+	case isDown(err):
+		if e.breaker.State() == gobreaker.StateOpen && e.down.CompareAndSwap(false, true) {
+			log.Warn("host is down, it is asked again in a moment", append(names, zap.Error(err))...)
+		}
+	case err == nil || answered(err):
+		if e.breaker.State() == gobreaker.StateClosed && e.down.CompareAndSwap(true, false) {
+			log.Info("host answers again", names...)
+		}
+	}
 }
 
 // isDown tells a host that is down from one that answers, whatever it says.

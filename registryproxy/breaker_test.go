@@ -65,11 +65,17 @@ func TestBreaker(t *testing.T) {
 		require.Equal(t, "half-open", state())
 		require.Equal(t, 502, refusalOf(t, ask()).Status)
 		require.Equal(t, "open", state())
+		said := c.logs.FilterMessage("host is down, it is asked again in a moment").All()
+		require.Len(t, said, 1)
+		require.Equal(t, "reg.test", said[0].ContextMap()["registry"])
+		require.Contains(t, said[0].ContextMap()["error"], "502")
+		require.Zero(t, c.logs.FilterMessage("host answers again").Len())
 
 		down.Store(false)
 		<-time.After(registryPause + time.Millisecond)
 		require.NoError(t, ask())
 		require.Equal(t, "closed", state())
+		require.Equal(t, 1, c.logs.FilterMessage("host answers again").Len())
 	})
 }
 

@@ -247,7 +247,9 @@ func (c *Client) try(ctx context.Context, e *endpoint, q question, authorization
 	key := limitKeyOf(e.base.Host, q.Kind.String(), q.method, authorization)
 	for n := 0; ; n++ {
 		a, spared, err := c.limits.do(ctx, key, func() (*answer, error) {
-			return e.breaker.Execute(func() (*answer, error) { return c.send(ctx, e, q, authorization) })
+			a, err := e.breaker.Execute(func() (*answer, error) { return c.send(ctx, e, q, authorization) })
+			e.tell(c.log, q.Repo.Registry, err)
+			return a, err
 		})
 		switch {
 		case spared:

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sony/gobreaker/v2"
@@ -40,6 +41,7 @@ type endpoint struct {
 	logins    *logins
 	tokens    *tokens
 	breaker   *gobreaker.CircuitBreaker[*answer]
+	down      atomic.Bool   // the log says so
 	header    time.Duration // until an answer's header
 	retries   int
 	unhealthy *memo[string, struct{}] // paths of which it has given damaged bytes
