@@ -149,6 +149,9 @@ func (d *Daemon) openProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer
 
 // openPeer makes the peer, and its listener if it is to have one.
 func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
+	if len(cfg.Supernodes) == 0 {
+		d.log.Warn("no supernode is named: all comes from the registries")
+	}
 	peer := dfget.PeerConfig{
 		Supernodes: cfg.Supernodes, Zone: cfg.Zone, Rack: cfg.Rack, UpLanes: cfg.UpLanes, DownLanes: cfg.DownLanes,
 	}

@@ -111,5 +111,5 @@ func (c *counts) reason() string {
 	if !c.session {
 		return "no session with a supernode stands"
 	}
-	return "the supernode gave no answer; dfdaemon's log tells why"
+	return "the supernode gave no answer: its log tells why, or dfdaemon's; its --registry must be dfdaemon's"
 }
