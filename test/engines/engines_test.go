@@ -62,20 +62,27 @@ func need(t *testing.T, programs []string) {
 	}
 }
 
-// TestEngines lets each engine pull on two hosts of a fresh region, one after
-// the other, and holds what each has, and what the registry was asked, against
-// the image.
-func TestEngines(t *testing.T) {
+// built returns where engines are kept and where our own programs have been built.
+func built(t *testing.T) (cache, bin string) {
+	t.Helper()
 	cache, err := programs.Cache()
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := image.Small(t.Context(), cache)
-	if err != nil {
+	bin = filepath.Join(t.TempDir(), "bin")
+	if err := programs.Build(t.Context(), bin); err != nil {
 		t.Fatal(err)
 	}
-	bin := filepath.Join(t.TempDir(), "bin")
-	if err := programs.Build(t.Context(), bin); err != nil {
+	return cache, bin
+}
+
+// TestEngines lets each engine pull on two hosts of a fresh region, one after
+// the other, and holds what each has, and what the registry was asked, against
+// the image.
+func TestEngines(t *testing.T) {
+	cache, bin := built(t)
+	img, err := image.Small(t.Context(), cache)
+	if err != nil {
 		t.Fatal(err)
 	}
 	for name, e := range engines(cache) {

@@ -92,14 +92,7 @@ func clients(cache string) []client {
 // TestMatrix has every engine pull every kind of image from every kind of
 // registry, each through the swarm, or says why that engine does not.
 func TestMatrix(t *testing.T) {
-	cache, err := programs.Cache()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := filepath.Join(t.TempDir(), "bin")
-	if err := programs.Build(t.Context(), bin); err != nil {
-		t.Fatal(err)
-	}
+	cache, bin := built(t)
 	type at struct {
 		registry string
 		ipv6     bool

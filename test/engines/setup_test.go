@@ -131,16 +131,9 @@ const policy = `{"default": [{"type": "insecureAcceptAnything"}]}`
 // TestSetUp has dfdaemon set engines up, lets them pull through it and, where the
 // registry can be reached, without it, and undoes it.
 func TestSetUp(t *testing.T) {
-	cache, err := programs.Cache()
-	if err != nil {
-		t.Fatal(err)
-	}
+	cache, bin := built(t)
 	img, err := image.Small(t.Context(), cache)
 	if err != nil {
-		t.Fatal(err)
-	}
-	bin := filepath.Join(t.TempDir(), "bin")
-	if err := programs.Build(t.Context(), bin); err != nil {
 		t.Fatal(err)
 	}
 	for name, s := range setUps(cache) {

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -72,8 +73,12 @@ const slack = 16 << 20
 // Main runs the command with the process's arguments, and ends the process.
 func (c Command) Main() {
 	ballast := make([]byte, slack) // counted as heap, and no memory as nobody touches it
-	go followLoad(context.Background())
-	code := c.Execute(context.Background(), os.Args[1:], os.Stdout, os.Stderr)
+	ctx, cancel := context.WithCancel(context.Background())
+	var load sync.WaitGroup
+	load.Go(func() { followLoad(ctx) })
+	code := c.Execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	cancel()
+	load.Wait()
 	runtime.KeepAlive(ballast)
 	os.Exit(code)
 }
