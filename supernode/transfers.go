@@ -1,0 +1,109 @@
+package supernode
+
+import (
+	"time"
+
+	"damselfly.dev/scheduler"
+	"damselfly.dev/supernode/api"
+)
+
+// transfer is one that a host has been told to make.
+type transfer struct {
+	task         *task
+	first, count int
+	left         uint64 // pieces that have not come, by bit
+	crosses      bool   // into the host's zone
+}
+
+// decide passes on what the scheduler has decided.
+func (r *region) decide() {
+	for _, d := range r.sched.Decisions() {
+		host := r.hosts[d.Host]
+		if host == nil {
+			continue
+		}
+		id := uint64(d.Transfer)
+		if d.Kind == scheduler.Cancel {
+			if _, ok := host.transfers[d.Transfer]; ok {
+				delete(host.transfers, d.Transfer)
+				r.metrics.transfers[resultCancelled].Inc()
+				host.send(message{size: 16, add: func(b *api.Down) { b.Cancel = append(b.Cancel, id) }})
+			}
+			continue
+		}
+		t := r.nums[d.Task]
+		if t == nil {
+			continue
+		}
+		if t.untold {
+			if m := t.members[d.Host]; m != nil {
+				m.tell(t)
+			}
+		}
+		host.transfers[d.Transfer] = transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
+		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count}
+		if d.Parent != seed {
+			a.Parent = r.hosts[d.Parent].addr
+			host.send(message{size: 96, assign: a})
+			continue
+		}
+		size := t.layout.Offset(d.First+d.Count) - t.layout.Offset(d.First)
+		if size > api.MaxInline {
+			size = 0
+		}
+		host.send(message{size: 96 + int(size), add: func(b *api.Down) {
+			if size > 0 {
+				a.Data = host.inline(t.content, t.layout.Offset(a.First), size)
+			}
+			b.Assign = append(b.Assign, a)
+		}})
+	}
+}
+
+// done notes a piece that has come.
+func (r *region) done(now time.Time, s *session, id scheduler.TransferID, piece int) {
+	tr, ok := s.transfers[id]
+	if !ok || piece < tr.first || piece >= tr.first+tr.count {
+		return
+	}
+	if h := s.holds[tr.task.id]; h != nil && h.layout == tr.task.layout {
+		h.have.Add(piece)
+	}
+	if bit := uint64(1) << (piece - tr.first); tr.crosses && tr.left&bit != 0 {
+		r.metrics.crossingBytes.Add(float64(tr.task.layout.Size(piece)))
+	}
+	if tr.left &^= 1 << (piece - tr.first); tr.left == 0 {
+		delete(s.transfers, id)
+		r.metrics.transfers[resultOK].Inc()
+	} else {
+		s.transfers[id] = tr
+	}
+	r.sched.Done(now, s.id, id, piece)
+}
+
+// failures says what the scheduler and the metrics call a failure.
+var failures = map[api.Failure]struct {
+	why    scheduler.Failure
+	result string
+}{
+
+	api.Busy:    {scheduler.Busy, resultBusy},
+	api.Gone:    {scheduler.Gone, resultGone},
+	api.Corrupt: {scheduler.Corrupt, resultCorrupt},
+	api.Local:   {scheduler.Cancelled, resultLocal},
+}
+
+func (r *region) failed(now time.Time, s *session, f api.Failed) {
+	id := scheduler.TransferID(f.Transfer)
+	why, known := failures[f.Why]
+	if _, ok := s.transfers[id]; !ok || !known {
+		return
+	}
+	delete(s.transfers, id)
+	r.metrics.transfers[why.result].Inc()
+	if f.Why == api.Corrupt {
+		r.metrics.verifyFailures.Inc()
+	}
+	retry := time.Duration(min(max(f.RetryMS, 0), 60_000)) * time.Millisecond
+	r.sched.Failed(now, s.id, id, why.why, retry)
+}
