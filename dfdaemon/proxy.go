@@ -51,16 +51,8 @@ type ProxyConfig struct {
 const proxyListen = "proxy-listen"
 
 func (c ProxyConfig) validate() error {
-	if c.Listen == "" {
-		return nil
-	}
-	host, _, err := net.SplitHostPort(c.Listen)
-	if err != nil {
-		return fmt.Errorf("%s %q: want host:port", proxyListen, c.Listen)
-	}
-	addr, err := netip.ParseAddr(host)
-	if loopback := host == "localhost" || err == nil && addr.IsLoopback(); !loopback && c.Users == "" {
-		return fmt.Errorf("%s %q: a proxy that others reach needs proxy-users, or anyone could use it: or listen on 127.0.0.1", proxyListen, c.Listen)
+	if err := c.validateListen(); err != nil {
+		return err
 	}
 	if _, err := registryproxy.NewRules(c.Rules); err != nil {
 		return fmt.Errorf("proxy-rules%w", err)
@@ -78,6 +70,21 @@ func (c ProxyConfig) validate() error {
 		if p < 1 || p > 65535 {
 			return fmt.Errorf("proxy-ports %d: want 1 to 65535", p)
 		}
+	}
+	return nil
+}
+
+func (c ProxyConfig) validateListen() error {
+	if c.Listen == "" {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(c.Listen)
+	if err != nil {
+		return fmt.Errorf("%s %q: want host:port", proxyListen, c.Listen)
+	}
+	addr, err := netip.ParseAddr(host)
+	if loopback := host == "localhost" || err == nil && addr.IsLoopback(); !loopback && c.Users == "" {
+		return fmt.Errorf("%s %q: a proxy that others reach needs proxy-users, or anyone could use it: or listen on 127.0.0.1", proxyListen, c.Listen)
 	}
 	return nil
 }

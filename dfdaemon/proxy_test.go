@@ -360,19 +360,20 @@ func TestWrongProxySettings(t *testing.T) {
 	cert, key, _ := authority(t, "a.test")
 	empty := filepath.Join(t.TempDir(), "empty")
 	require.NoError(t, os.WriteFile(empty, []byte("ann:plain\n"), 0o600))
+	// All but the address is checked also where there is no proxy.
 	for says, c := range map[string]ProxyConfig{
 		"want host:port":      {Listen: "65004"},
 		"needs proxy-users":   {Listen: "0.0.0.0:65004"},
 		"proxy-users: ":       {Listen: "0.0.0.0:0", Users: empty},
-		"needs proxy-ca":      {Listen: "127.0.0.1:0", Intercept: registryproxy.Hosts{"a.test"}},
-		"name both files":     {Listen: "127.0.0.1:0", CA: cert},
-		"proxy-intercept":     {Listen: "127.0.0.1:0", Intercept: registryproxy.Hosts{"a.test:443"}, CA: cert, CAKey: key},
+		"needs proxy-ca":      {Intercept: registryproxy.Hosts{"a.test"}},
+		"name both files":     {CA: cert},
+		"proxy-intercept":     {Intercept: registryproxy.Hosts{"a.test:443"}, CA: cert, CAKey: key},
 		"proxy-ca: ":          {Listen: "127.0.0.1:0", CA: key, CAKey: cert},
-		"proxy-ports 0":       {Listen: "[::1]:0", Ports: []int{0}},
-		"[0].match":           {Listen: "127.0.0.1:0", Rules: []registryproxy.Rule{{Match: "(", Action: registryproxy.ActionSwarm}}},
-		"[1].action":          {Listen: "127.0.0.1:0", Rules: append(registryproxy.DefaultRules(), registryproxy.Rule{Match: "x", Action: "drop"})},
-		"[0].to: ":            {Listen: "127.0.0.1:0", Rules: []registryproxy.Rule{{Match: "x", Action: registryproxy.ActionRedirect, To: "host"}}},
-		"only of use with":    {Listen: "127.0.0.1:0", Rules: []registryproxy.Rule{{Match: "x", Action: registryproxy.ActionDirect, To: "http://a"}}},
+		"proxy-ports 0":       {Ports: []int{0}},
+		"[0].match":           {Rules: []registryproxy.Rule{{Match: "(", Action: registryproxy.ActionSwarm}}},
+		"[1].action":          {Rules: append(registryproxy.DefaultRules(), registryproxy.Rule{Match: "x", Action: "drop"})},
+		"[0].to: ":            {Rules: []registryproxy.Rule{{Match: "x", Action: registryproxy.ActionRedirect, To: "host"}}},
+		"only of use with":    {Rules: []registryproxy.Rule{{Match: "x", Action: registryproxy.ActionDirect, To: "http://a"}}},
 		"[0].match: want a r": {Listen: "127.0.0.1:0", Rules: []registryproxy.Rule{{Action: registryproxy.ActionDirect}}},
 	} {
 		cfg := testConfig(t)
