@@ -61,7 +61,8 @@ type Command struct {
 const shared = `
 Every setting is a flag, a key of the YAML file that --config names, and a
 variable: --log-level is "log-level:" there and %[1]s_LOG_LEVEL here. A flag
-wins over a variable, a variable over the file. Sizes are bytes or have a unit
+wins over a variable, a variable over the file. A variable that begins so and
+names no setting is warned of. Sizes are bytes or have a unit
 (512MiB, 10GiB, 10GB), times have one (5s, 10m).
 
 Exit codes: 0 all is well, 1 failure, 2 wrong usage or settings.`
@@ -119,10 +120,16 @@ func One(what string) cobra.PositionalArgs {
 	}
 }
 
+// name is what users type.
+func (c Command) name() string {
+	name, _, _ := strings.Cut(c.Use, " ")
+	return name
+}
+
 // cobra returns the command, whose variables begin with prefix and its name. It
 // sets ran when Run begins.
 func (c Command) cobra(ctx context.Context, prefix string, ran *bool) *cobra.Command {
-	name, _, _ := strings.Cut(c.Use, " ")
+	name := c.name()
 	env := prefix + strings.ToUpper(name)
 	level := c.Level.String()
 	cmd := &cobra.Command{
@@ -136,6 +143,10 @@ func (c Command) cobra(ctx context.Context, prefix string, ran *bool) *cobra.Com
 			log, err := newLog(level, c.Plain, cmd.ErrOrStderr())
 			if err != nil {
 				return err
+			}
+			for _, v := range unknown(cmd.Flags(), env, os.Environ(), c.Commands) { // another program's, perhaps: no error
+				key, _ := settingOf(v, env)
+				log.Warn("a variable names no setting, and is not used", zap.String("variable", v), zap.String("nearest", nearest(cmd.Flags(), key)))
 			}
 			if err := c.Config.Validate(); err != nil {
 				return err

@@ -81,6 +81,30 @@ func TestPrecedence(t *testing.T) {
 	require.Equal(t, settings{"variable", 10 << 30, 0, 4, []string{"1", "2"}}, got)
 }
 
+// What Kubernetes sets for Services, and what is of another command, is no mistake.
+func TestMisspeltVariables(t *testing.T) {
+	for _, name := range []string{
+		"TOOL_NAME", "TOOL_LOG_LEVEL", "TOOL_SERVICE_HOST", "TOOL_SERVICE_PORT", "TOOL_SERVICE_PORT_HTTP", "TOOL_PORT", "TOOL_PORT_8002_TCP",
+		"TOOL_PORT_8002_TCP_ADDR", "TOOL_PEERS_SERVICE_HOST", "TOOL_PEERS_PORT_53_UDP_PROTO", "TOOLS_NAM", "OTHER_TOOL_NAM",
+	} {
+		t.Setenv(name, "info")
+	}
+	run := func(*settings) error { return nil }
+	code, _, stderr := execute(t, run)
+	require.Zero(t, code)
+	require.NotContains(t, stderr, "names no setting")
+	t.Setenv("TOOL_UP_LANE", "s3cret")
+	code, _, stderr = execute(t, run)
+	require.Zero(t, code)
+	require.Contains(t, stderr, `"variable":"TOOL_UP_LANE","nearest":"up-lanes"`)
+	require.NotContains(t, stderr, "s3cret")
+
+	fs := pflag.NewFlagSet("tool", pflag.ContinueOnError)
+	(&settings{}).Flags(fs)
+	environ := []string{"TOOL_MEASURE_NAME=x", "TOOL_MEASURED=x", "TOOL_HELP=x", "TOOL_NAM=", "TOOL_HOST=x", "TOOL_UP_PORT=1"}
+	require.Equal(t, []string{"TOOL_MEASURED", "TOOL_HELP", "TOOL_UP_PORT"}, unknown(fs, "TOOL", environ, []Command{{Use: "measure WHAT"}}))
+}
+
 func TestWrongUsage(t *testing.T) {
 	for name, c := range map[string]struct {
 		args []string

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -56,6 +57,36 @@ func load(fs *pflag.FlagSet, env string) error {
 		}
 	})
 	return first
+}
+
+// serviceVariable is one that Kubernetes gives a pod for a Service, whose name may
+// begin like a command's; *_SERVICE_HOST is always among them.
+var serviceVariable = regexp.MustCompile(`^(.+?)_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$`)
+
+// unknown returns those of environ, as os.Environ has it, that begin with env and
+// name no setting, but for variables of the commands under this one and of
+// Kubernetes.
+func unknown(fs *pflag.FlagSet, env string, environ []string, under []Command) []string {
+	var names []string
+	for _, v := range environ {
+		name, value, _ := strings.Cut(v, "=")
+		key, ours := settingOf(name, env)
+		service := serviceVariable.FindStringSubmatch(name)
+		switch {
+		case !ours || value == "", fs.Lookup(key) != nil && (isSetting(key) || key == configFlag):
+		case slices.ContainsFunc(under, func(c Command) bool { return strings.HasPrefix(key, c.name()+"-") }):
+		case service != nil && slices.ContainsFunc(environ, func(v string) bool { return strings.HasPrefix(v, service[1]+"_SERVICE_HOST=") }):
+		default:
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// settingOf returns the setting that a variable would be of.
+func settingOf(variable, env string) (key string, ours bool) {
+	key, ours = strings.CutPrefix(variable, env+"_")
+	return strings.ReplaceAll(strings.ToLower(key), "_", "-"), ours
 }
 
 // tree is a flag that takes more than a plain value, or a list of them.
