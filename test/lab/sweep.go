@@ -43,10 +43,15 @@ func eventually(ctx context.Context, done func() (bool, error)) error {
 // acquire waits until no other lab lives.
 func acquire(ctx context.Context) (net.Listener, error) {
 	var lock net.Listener
+	waits := false
 	err := eventually(ctx, func() (bool, error) {
 		var err error
 		lock, err = new(net.ListenConfig).Listen(ctx, "unix", turn)
 		if errors.Is(err, syscall.EADDRINUSE) {
+			if !waits {
+				fmt.Fprintln(os.Stderr, "lab: another one is in use, waiting for its end")
+			}
+			waits = true
 			return false, nil
 		}
 		return err == nil, err
