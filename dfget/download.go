@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -168,19 +169,20 @@ type writerFunc func(p []byte)
 func (f writerFunc) Write(p []byte) (int, error) { f(p); return len(p), nil }
 
 // asPeer downloads in the swarm. What is there of the content stays for the next
-// attempt unless this one succeeds.
-func (d *Download) asPeer(ctx context.Context, req Request, out *output) error {
+// attempt unless this one succeeds, or finds it wrong.
+func (d *Download) asPeer(ctx context.Context, req Request, out *output) (err error) {
 	dir := filepath.Join(d.DataDir, strings.Replace(string(req.ID), ":", "-", 1))
 	store, err := pieces.OpenStore(dir, pieces.StoreConfig{})
 	if err != nil {
 		return err
 	}
-	done := false
 	defer func() {
+		_, wrong := errors.AsType[*MismatchError](err)
+		useful := slices.ContainsFunc(store.Tasks(), func(h pieces.Held) bool { return h.Have.Len() > 0 })
 		if err := store.Close(); err != nil {
 			d.Log.Warn("store does not close", zap.Error(err))
 		}
-		if done {
+		if err == nil || wrong || !useful {
 			if err := os.RemoveAll(dir); err != nil {
 				d.Log.Warn("store is not removed", zap.Error(err))
 			}
@@ -208,9 +210,7 @@ func (d *Download) asPeer(ctx context.Context, req Request, out *output) error {
 		_ = server.Close()
 		_ = group.Wait() // both end because they are told to
 	}()
-	err = d.stream(ctx, peer, req, out)
-	done = err == nil
-	return err
+	return d.stream(ctx, peer, req, out)
 }
 
 // listen listens where other peers are to find this one.

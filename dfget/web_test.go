@@ -323,6 +323,11 @@ func TestDownload(t *testing.T) {
 			require.True(t, ok, "%v", err)
 			require.Equal(t, 404, refused.Status)
 		}},
+		"no supernode, and refused": {path: "/missing", supernodes: []string{gone.URL}, asked: 1, warns: true, err: func(t *testing.T, err error) {
+			t.Helper()
+			_, ok := errors.AsType[*RefusedError](err)
+			require.True(t, ok, "%v", err)
+		}},
 		"no supernode": {supernodes: []string{gone.URL}, asked: 1, warns: true},
 		"no daemon":    {socket: func(*testing.T) string { return dead }, asked: 1, warns: true},
 		"daemon": {socket: func(t *testing.T) string {
@@ -383,6 +388,8 @@ func TestDownload(t *testing.T) {
 				last = done
 			}
 			got, logs, err := outcome(t, d)
+			left, _ := os.ReadDir(d.DataDir) // it may not be there
+			require.Empty(t, left, "a store without a piece is not kept")
 			require.Equal(t, c.asked, asked.Load())
 			require.Equal(t, c.warns, logs.Len() > 0, "%v", logs.All())
 			if c.err != nil {
