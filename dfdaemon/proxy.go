@@ -286,7 +286,7 @@ func (p *proxy) route(w *reply, r *http.Request, u *url.URL) {
 		action = registryproxy.ActionDirect
 	case registryproxy.ActionRedirect:
 		r = r.Clone(r.Context())
-		if to.Host != u.Host {
+		if to.Host != u.Host || to.Scheme == "http" && u.Scheme == "https" {
 			r.Header.Del("Authorization")
 			r.Header.Del("Cookie")
 			r.Host = to.Host

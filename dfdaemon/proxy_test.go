@@ -209,6 +209,26 @@ func TestProxyRedirects(t *testing.T) {
 	require.Zero(t, there.count(http.MethodGet, "/x"))
 }
 
+// What a caller says under TLS does not go on in clear, to the same host neither.
+func TestProxyRedirectsToPlainHTTP(t *testing.T) {
+	g := newRegistry(t)
+	g.contents["/x"] = []byte("here")
+	var seen http.Header
+	g.intercept = func(_ http.ResponseWriter, r *http.Request) bool { seen = r.Header.Clone(); return false }
+	cert, key, roots := authority(t, "127.0.0.1")
+	p := newProxied(t, ProxyConfig{
+		Rules:     []registryproxy.Rule{{Match: "^https:", Action: registryproxy.ActionRedirect, To: g.URL}},
+		Intercept: registryproxy.Hosts{"127.0.0.1"}, CA: cert, CAKey: key,
+	}, registryproxy.Config{}, roots, g.Server)
+	secure := strings.Replace(g.URL, "http:", "https:", 1) + "/x"
+	status, _, got := p.ask(t, http.MethodGet, secure, http.Header{"Authorization": {"Basic c2VjcmV0"}, "Cookie": {"a=b"}, "X-Other": {"1"}}, "")
+	require.Equal(t, http.StatusOK, status)
+	require.Equal(t, "here", got)
+	require.Equal(t, "1", seen.Get("X-Other"))
+	require.Empty(t, seen["Authorization"])
+	require.Empty(t, seen["Cookie"])
+}
+
 // secure is a registry that speaks HTTPS with a certificate of its own.
 func secure(t *testing.T) (*registry, *x509.CertPool, registryproxy.Config) {
 	t.Helper()
