@@ -41,6 +41,7 @@ type Daemon struct {
 	peer    *dfget.Peer
 	addr    map[string]string // host:port of the TCP listeners, by setting
 	servers []*server
+	tunnels *tunnels    // nil without a forward proxy
 	ready   atomic.Bool // Run serves and is not about to end
 }
 
@@ -126,7 +127,7 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 }
 
 // openProxy makes the forward proxy, with a listener of its own and one for the
-// connections that it opens.
+// connections that it intercepts.
 func (d *Daemon) openProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) error {
 	p, err := newProxy(cfg, m, reg)
 	if err != nil {
@@ -137,12 +138,12 @@ func (d *Daemon) openProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer
 		return err
 	}
 	s.Handler = p.handler()
-	s.RegisterOnShutdown(p.tunnels.close)
-	inner := d.add(p.opened)
+	d.tunnels = p.tunnels
+	inner := d.add(p.inner)
 	inner.Handler = p.inside()
 	inner.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
-		opened, _ := c.(*openedConn)
-		return context.WithValue(ctx, authorityKey{}, opened.authority)
+		of, _ := c.(*interceptedConn)
+		return context.WithValue(ctx, authorityKey{}, of.authority)
 	}
 	return nil
 }
@@ -237,7 +238,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return errors.Join(group.Wait(), d.store.Close())
 }
 
-// drain ends all servers.
+// drain ends all servers, and then what has been taken over from them.
 func (d *Daemon) drain(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, drainTime)
 	defer cancel()
@@ -252,6 +253,9 @@ func (d *Daemon) drain(ctx context.Context) {
 	}
 	if err := group.Wait(); err != nil {
 		d.log.Warn("servers did not end well", zap.Error(err))
+	}
+	if d.tunnels != nil {
+		d.tunnels.close()
 	}
 }
 

@@ -27,6 +27,7 @@ const (
 	tunnelDial = 10 * time.Second
 	// viaName is what this proxy adds to requests, by which it knows its own.
 	viaName = "damselfly"
+	tooMany = "there are too many connections through this proxy"
 )
 
 // ProxyConfig is what the forward proxy may be told.
@@ -97,30 +98,30 @@ type proxy struct {
 	intercept registryproxy.Hosts
 	authority *registryproxy.Authority // nil without intercept
 	users     *registryproxy.Users     // nil for all
-	opened    *opened
+	inner     *intercepted
+	tunnels   *tunnels
 	forward   *httputil.ReverseProxy
 	requests  *prometheus.CounterVec
 	log       *zap.Logger
-	tunnels   tunnels
 }
 
 // What became of a request, beside the actions of rules.
 const (
-	proxyTunnel = "tunnel"
-	proxyOpened = "intercept"
+	proxyTunnel    = "tunnel"
+	proxyIntercept = "intercept"
 )
 
 func newProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) (p *proxy, err error) {
 	p = &proxy{
 		mirror: m, ports: cfg.Ports, intercept: cfg.Intercept, log: m.log,
-		opened: newOpened(), tunnels: tunnels{conns: map[net.Conn]struct{}{}, linger: lingerTime},
+		inner: newIntercepted(), tunnels: newTunnels(),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "damselfly_proxy_requests_total",
 			Help: "Requests to the forward proxy, by what became of them.",
 		}, []string{"action"}),
 	}
 	for _, a := range []registryproxy.Action{
-		registryproxy.ActionSwarm, registryproxy.ActionDirect, registryproxy.ActionRedirect, registryproxy.ActionRefuse, proxyTunnel, proxyOpened,
+		registryproxy.ActionSwarm, registryproxy.ActionDirect, registryproxy.ActionRedirect, registryproxy.ActionRefuse, proxyTunnel, proxyIntercept,
 	} {
 		p.requests.WithLabelValues(string(a))
 	}
@@ -173,7 +174,7 @@ func (p *proxy) handler() http.Handler {
 	return e
 }
 
-// inside answers what comes on opened connections.
+// inside answers what comes on intercepted connections.
 func (p *proxy) inside() http.Handler {
 	e := gin.New()
 	e.NoRoute(func(c *gin.Context) {
@@ -189,8 +190,8 @@ func (p *proxy) refuse(w http.ResponseWriter, status int, why string) {
 	http.Error(w, "damselfly: "+why, status)
 }
 
-// serve answers a request, that came on a connection opened for authority, or
-// to the proxy itself when that is "".
+// serve answers a request, that came on a connection intercepted for authority,
+// or to the proxy itself when that is "".
 func (p *proxy) serve(c *gin.Context, authority string) {
 	w, r := newReply(c), c.Request
 	defer w.extend(0)
@@ -204,7 +205,7 @@ func (p *proxy) serve(c *gin.Context, authority string) {
 		return
 	}
 	if r.Method == http.MethodConnect {
-		p.connect(c, w, r)
+		p.connect(c, r)
 		return
 	}
 	u := *r.URL
@@ -292,13 +293,23 @@ func (p *proxy) route(w *reply, r *http.Request, u *url.URL) {
 			r.Host = to.Host
 		}
 	}
+	ctx := r.Context()
+	if r.Header.Get("Upgrade") != "" {
+		within, leave, ok := p.tunnels.enter(ctx)
+		if !ok {
+			p.refuse(w, http.StatusServiceUnavailable, tooMany)
+			return
+		}
+		defer leave()
+		ctx = within
+	}
 	p.requests.WithLabelValues(string(action)).Inc()
-	p.forward.ServeHTTP(w.gin, r.WithContext(context.WithValue(r.Context(), targetKey{}, to)))
+	p.forward.ServeHTTP(w.gin, r.WithContext(context.WithValue(ctx, targetKey{}, to)))
 }
 
 type (
 	targetKey    struct{} // of the URL that a request is sent to
-	authorityKey struct{} // of host:port that an opened connection was to
+	authorityKey struct{} // of host:port that an intercepted connection was to
 )
 
 // rewrite makes the request that is sent on.
@@ -332,48 +343,88 @@ func (p *proxy) swarm(w *reply, r *http.Request, u *url.URL) bool {
 }
 
 // connect answers CONNECT.
-func (p *proxy) connect(c *gin.Context, w *reply, r *http.Request) {
+func (p *proxy) connect(c *gin.Context, r *http.Request) {
 	authority := hostOf(r.Host, "https")
 	host, _, _ := net.SplitHostPort(authority)
-	if !mayReach(p.ports, authority) {
-		p.refuse(w, http.StatusForbidden, "this port is not one of proxy-ports")
+	intercept := p.authority != nil && p.intercept.Has(host)
+	action, _ := p.rules.Decide(&url.URL{Scheme: "https", Host: strings.TrimSuffix(authority, ":443"), Path: "/"})
+	switch {
+	case !mayReach(p.ports, authority):
+		p.refuseConnect(c, http.StatusForbidden, "this port is not one of proxy-ports")
+		return
+	case !intercept && action == registryproxy.ActionRefuse:
+		p.refuseConnect(c, http.StatusForbidden, "a rule refuses this host")
 		return
 	}
-	var to net.Conn
-	if open := p.authority != nil && p.intercept.Has(host); !open {
-		if action, _ := p.rules.Decide(&url.URL{Scheme: "https", Host: strings.TrimSuffix(authority, ":443"), Path: "/"}); action == registryproxy.ActionRefuse {
-			p.refuse(w, http.StatusForbidden, "a rule refuses this host")
-			return
-		}
-		if p.tunnels.full() {
-			p.refuse(w, http.StatusServiceUnavailable, "there are too many connections through this proxy")
-			return
-		}
-		var err error
-		if to, err = (&net.Dialer{Timeout: tunnelDial}).DialContext(r.Context(), "tcp", authority); err != nil {
-			p.refuse(w, http.StatusBadGateway, err.Error())
-			return
-		}
-	}
-	conn, buf, err := c.Writer.Hijack()
-	if err != nil { // it is of HTTP/1, which can
-		p.refuse(w, http.StatusInternalServerError, err.Error())
+	ctx, leave, ok := p.tunnels.enter(context.WithoutCancel(r.Context()))
+	if !ok {
+		p.refuseConnect(c, http.StatusServiceUnavailable, tooMany)
 		return
 	}
-	_ = conn.SetDeadline(time.Time{})
-	from := &buffered{conn, buf.Reader}
-	if _, err := io.WriteString(conn, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
-		_ = conn.Close()
+	if intercept {
+		p.open(ctx, c, authority, leave)
 		return
 	}
-	if to != nil {
-		p.requests.WithLabelValues(proxyTunnel).Inc()
-		p.tunnels.join(from, to)
+	defer leave()
+	to, err := (&net.Dialer{Timeout: tunnelDial}).DialContext(ctx, "tcp", authority)
+	if err != nil {
+		p.refuseConnect(c, http.StatusBadGateway, err.Error())
 		return
 	}
-	p.requests.WithLabelValues(proxyOpened).Inc()
-	p.opened.add(&openedConn{authority: authority, Conn: tls.Server(from, &tls.Config{
+	from, err := established(c)
+	if err != nil {
+		_ = to.Close()
+		return
+	}
+	p.requests.WithLabelValues(proxyTunnel).Inc()
+	p.tunnels.join(ctx, from, to)
+}
+
+// open has what comes on the client's connection served in the place of
+// authority, until it ends or ctx does.
+func (p *proxy) open(ctx context.Context, c *gin.Context, authority string, leave func()) {
+	from, err := established(c)
+	if err != nil {
+		leave()
+		return
+	}
+	context.AfterFunc(ctx, func() { _ = from.Close() })
+	p.requests.WithLabelValues(proxyIntercept).Inc()
+	host, _, _ := net.SplitHostPort(authority)
+	p.inner.add(&interceptedConn{authority: authority, leave: leave, Conn: tls.Server(from, &tls.Config{
 		MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.authority.Certificate(host) },
 	})})
+}
+
+// established takes the connection of a CONNECT over, and tells its client.
+func established(c *gin.Context) (net.Conn, error) {
+	conn, buf, err := c.Writer.Hijack()
+	if err != nil { // it is of HTTP/1, which can
+		return nil, err
+	}
+	_ = conn.SetDeadline(time.Time{})
+	if _, err := io.WriteString(conn, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return &buffered{conn, buf.Reader}, nil
+}
+
+// refuseConnect is refuse for CONNECT, of whose answer most clients show no more
+// than the reason in its first line.
+func (p *proxy) refuseConnect(c *gin.Context, status int, why string) {
+	p.requests.WithLabelValues(string(registryproxy.ActionRefuse)).Inc()
+	conn, _, err := c.Writer.Hijack()
+	if err != nil { // it is of HTTP/1, which can
+		return
+	}
+	defer func() { _ = conn.Close() }()
+	why = "damselfly: " + why
+	answer := http.Response{
+		StatusCode: status, Status: strconv.Itoa(status) + " " + why, ProtoMajor: 1, ProtoMinor: 1, Close: true,
+		Header: http.Header{"Content-Type": {"text/plain; charset=utf-8"}},
+		Body:   io.NopCloser(strings.NewReader(why + "\n")), ContentLength: int64(len(why)) + 1,
+	}
+	_ = answer.Write(conn) // whoever went away needs no answer
 }

@@ -35,6 +35,7 @@ type proxied struct {
 	*http.Client
 	address string
 	metrics *prometheus.Registry
+	tunnels *tunnels
 	end     func() error
 }
 
@@ -66,7 +67,7 @@ func newProxied(t *testing.T, c ProxyConfig, registries registryproxy.Config, ro
 		return err
 	}
 	t.Cleanup(func() { require.NoError(t, p.end()) })
-	p.address = d.ProxyAddr()
+	p.address, p.tunnels = d.ProxyAddr(), d.tunnels
 	via := &url.URL{Scheme: "http", Host: p.address}
 	transport := &http.Transport{Proxy: http.ProxyURL(via), TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}
 	t.Cleanup(transport.CloseIdleConnections)
@@ -482,6 +483,86 @@ func (p *proxied) raw(t *testing.T, request string) (status int, answer string) 
 	return resp.StatusCode, string(b)
 }
 
+// dial opens a connection to the proxy, sends a request, and returns the answer's
+// status line.
+func (p *proxied) dial(t *testing.T, request string) (net.Conn, string) {
+	t.Helper()
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", p.address)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	_, err = io.WriteString(conn, request)
+	require.NoError(t, err)
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(waitLimit)))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
+	return conn, resp.Status
+}
+
+// Whatever outlives its request has one of the places, and ends with the proxy.
+func TestTunnelsHavePlaces(t *testing.T) {
+	g := newRegistry(t)
+	g.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Upgrade") == "" {
+			return false
+		}
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+			go func() { _, _ = io.Copy(io.Discard, conn); _ = conn.Close() }()
+		}
+		return true
+	}
+	cert, key, roots := authority(t, "localhost")
+	p := newProxied(t, ProxyConfig{Intercept: registryproxy.Hosts{"localhost"}, CA: cert, CAKey: key}, registryproxy.Config{}, roots, g.Server)
+	port := strconv.Itoa(portOf(t, g.Server))
+	intercepted := "CONNECT localhost:" + port + " HTTP/1.1\r\nHost: x\r\n\r\n"
+	others := []string{
+		"CONNECT 127.0.0.1:" + port + " HTTP/1.1\r\nHost: x\r\n\r\n",
+		"GET http://127.0.0.1:" + port + "/ HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n",
+	}
+	for range cap(p.tunnels.places) - 1 {
+		_, _, ok := p.tunnels.enter(t.Context())
+		require.True(t, ok)
+	}
+	for _, request := range append(others, intercepted) {
+		conn, status := p.dial(t, request)
+		require.NotContains(t, status, "50", request)
+		_, status = p.dial(t, request)
+		require.Contains(t, status, "503", request)
+		require.NoError(t, conn.Close())
+		require.Eventually(t, func() bool { return len(p.tunnels.places) < cap(p.tunnels.places) }, waitLimit, waitTick, request)
+	}
+	for range cap(p.tunnels.places) - 1 {
+		<-p.tunnels.places
+	}
+	var open []net.Conn
+	for _, request := range others {
+		conn, _ := p.dial(t, request)
+		open = append(open, conn)
+	}
+	_, _, _ = p.ask(t, http.MethodGet, "https://localhost:"+port, nil, "") // on a connection that stays
+	require.Len(t, p.tunnels.places, 3)
+	require.NoError(t, p.end())
+	require.Len(t, p.tunnels.places, cap(p.tunnels.places), "nobody gets a place any more")
+	for i, conn := range open {
+		_, err := conn.Read(make([]byte, 1))
+		require.Error(t, err, others[i])
+		require.NotErrorIs(t, err, os.ErrDeadlineExceeded, "it outlives the proxy: %s", others[i])
+	}
+}
+
+// Most clients show of a failed CONNECT nothing but its first line.
+func TestConnectSaysWhyItFails(t *testing.T) {
+	p := newProxied(t, ProxyConfig{Ports: []int{443}}, registryproxy.Config{}, nil)
+	_, status := p.dial(t, "CONNECT 127.0.0.1 HTTP/1.1\r\nHost: x\r\n\r\n")
+	require.Regexp(t, "^502 damselfly: .*refused$", status)
+	_, body := p.raw(t, "CONNECT 127.0.0.1 HTTP/1.1\r\nHost: x\r\n\r\n")
+	require.Contains(t, body, "refused")
+	_, status = p.dial(t, "CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n")
+	require.Equal(t, "403 damselfly: this port is not one of proxy-ports", status)
+}
+
 // A server that goes on when its client has gone keeps no place for ever.
 func TestTunnelsEndWithTheirClients(t *testing.T) {
 	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -497,10 +578,11 @@ func TestTunnelsEndWithTheirClients(t *testing.T) {
 	}
 	client, a := ends()
 	b, server := ends()
-	tunnels := tunnels{conns: map[net.Conn]struct{}{}, linger: 100 * time.Millisecond}
+	tunnels := newTunnels()
+	tunnels.linger = 100 * time.Millisecond
 	over := make(chan struct{})
 	go func() {
-		tunnels.join(a, b)
+		tunnels.join(t.Context(), a, b)
 		close(over)
 	}()
 	require.NoError(t, client.Close())
@@ -511,5 +593,4 @@ func TestTunnelsEndWithTheirClients(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("the tunnel of a client that has gone stays")
 	}
-	require.Empty(t, tunnels.conns)
 }

@@ -2,6 +2,7 @@ package dfdaemon
 
 import (
 	"bufio"
+	"context"
 	"io"
 	"net"
 	"sync"
@@ -10,27 +11,54 @@ import (
 )
 
 const (
-	maxTunnels = 1024 // passed on as they are at once
+	maxTunnels = 1024 // at once
 	// lingerTime is how long an end may say nothing when the other has ended: it
 	// may have gone for good.
 	lingerTime = 5 * time.Minute
 )
 
-// tunnels are connections that are passed on as they are.
+// tunnels are the connections that outlive their request, as far as there are
+// places: passed on as they are, intercepted, or upgraded.
 type tunnels struct {
 	linger time.Duration
-
-	mu     sync.Mutex // guards what follows
-	conns  map[net.Conn]struct{}
-	closed bool
+	places chan struct{}   // one taken by each
+	ctx    context.Context // ends with close
+	cancel context.CancelFunc
 }
 
-// join passes bytes both ways until both ends have ended, or close is called.
-func (t *tunnels) join(a, b net.Conn) {
-	if !t.track(a, b) {
-		return
+func newTunnels() *tunnels {
+	t := &tunnels{linger: lingerTime, places: make(chan struct{}, maxTunnels)}
+	t.ctx, t.cancel = context.WithCancel(context.Background())
+	return t
+}
+
+// enter takes a place until leave is called; false where none is left. Its ctx
+// ends with leave, with parent and with close, which waits for leave.
+func (t *tunnels) enter(parent context.Context) (ctx context.Context, leave func(), ok bool) {
+	select {
+	case t.places <- struct{}{}:
+	default:
+		return nil, nil, false
 	}
-	defer t.untrack(a, b)
+	ctx, cancel := context.WithCancel(parent)
+	stop := context.AfterFunc(t.ctx, cancel)
+	return ctx, sync.OnceFunc(func() { stop(); cancel(); <-t.places }), true
+}
+
+// close ends all that have a place, waits for them, and lets nobody in again.
+func (t *tunnels) close() {
+	t.cancel()
+	for range cap(t.places) {
+		t.places <- struct{}{}
+	}
+}
+
+// join passes bytes both ways until both ends have ended, or ctx, and closes them.
+func (t *tunnels) join(ctx context.Context, a, b net.Conn) {
+	end := func() { _, _ = a.Close(), b.Close() }
+	stop := context.AfterFunc(ctx, end)
+	defer end()
+	defer stop()
 	var half atomic.Bool
 	var wg sync.WaitGroup
 	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
@@ -41,7 +69,7 @@ func (t *tunnels) join(a, b net.Conn) {
 				_ = way[1].SetReadDeadline(time.Now().Add(t.linger)) // of the Read that waits
 				return
 			}
-			_, _ = a.Close(), b.Close()
+			end()
 		})
 	}
 	wg.Wait()
@@ -63,49 +91,6 @@ func (l lingering) Read(p []byte) (int, error) {
 	return l.Conn.Read(p)
 }
 
-// full tells whether there are as many as there may be.
-func (t *tunnels) full() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return len(t.conns) >= 2*maxTunnels
-}
-
-// track notes connections that close is to close, and closes them where it was
-// called or there are too many.
-func (t *tunnels) track(conns ...net.Conn) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.closed || len(t.conns) >= 2*maxTunnels {
-		for _, c := range conns {
-			_ = c.Close()
-		}
-		return false
-	}
-	for _, c := range conns {
-		t.conns[c] = struct{}{}
-	}
-	return true
-}
-
-func (t *tunnels) untrack(conns ...net.Conn) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, c := range conns {
-		delete(t.conns, c)
-		_ = c.Close()
-	}
-}
-
-// close ends all tunnels, and those to come.
-func (t *tunnels) close() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.closed = true
-	for c := range t.conns {
-		_ = c.Close()
-	}
-}
-
 // buffered is a connection of which something has been read.
 type buffered struct {
 	net.Conn
@@ -123,47 +108,54 @@ func (b *buffered) CloseWrite() error {
 	return b.Close()
 }
 
-// openedConn is a connection to authority that the proxy reads in its place.
-type openedConn struct {
+// interceptedConn is a connection to authority that the proxy reads in its place.
+type interceptedConn struct {
 	net.Conn
 	authority string
+	leave     func() // gives its place back
 }
 
-// opened is the listener whose connections are opened ones.
-type opened struct {
+// Close implements net.Conn.
+func (c *interceptedConn) Close() error {
+	defer c.leave()
+	return c.Conn.Close()
+}
+
+// intercepted is the listener whose connections are intercepted ones.
+type intercepted struct {
 	conns chan net.Conn
 	done  chan struct{}
 	once  sync.Once
 }
 
-func newOpened() *opened {
-	return &opened{conns: make(chan net.Conn), done: make(chan struct{})}
+func newIntercepted() *intercepted {
+	return &intercepted{conns: make(chan net.Conn), done: make(chan struct{})}
 }
 
 // add has c served.
-func (o *opened) add(c net.Conn) {
+func (l *intercepted) add(c net.Conn) {
 	select {
-	case o.conns <- c:
-	case <-o.done:
+	case l.conns <- c:
+	case <-l.done:
 		_ = c.Close()
 	}
 }
 
 // Accept implements net.Listener.
-func (o *opened) Accept() (net.Conn, error) {
+func (l *intercepted) Accept() (net.Conn, error) {
 	select {
-	case c := <-o.conns:
+	case c := <-l.conns:
 		return c, nil
-	case <-o.done:
+	case <-l.done:
 		return nil, net.ErrClosed
 	}
 }
 
 // Close implements net.Listener.
-func (o *opened) Close() error {
-	o.once.Do(func() { close(o.done) })
+func (l *intercepted) Close() error {
+	l.once.Do(func() { close(l.done) })
 	return nil
 }
 
 // Addr implements net.Listener.
-func (o *opened) Addr() net.Addr { return &net.UnixAddr{Name: "opened", Net: "proxy"} }
+func (l *intercepted) Addr() net.Addr { return &net.UnixAddr{Name: "intercepted", Net: "proxy"} }
