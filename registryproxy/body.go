@@ -20,6 +20,7 @@ type watched struct {
 	count  prometheus.Counter // of the bytes read, nil for none
 	failed func(error) error  // makes an error of the body the caller's
 	cancel context.CancelCauseFunc
+	done   context.CancelFunc // called with Close, nil for none
 	stall  time.Duration
 	timer  *time.Timer // ends the request; runs only during a Read
 
@@ -30,7 +31,7 @@ type watched struct {
 	waited    time.Duration
 }
 
-// slowBytes are the fewest that come in half the time that makes a stall, lest
+// slowBytes are the fewest that come in the time that makes a stall, lest
 // another request be made for the rest: one connection of many may be caught
 // somewhere. Where all are so slow that costs a request every now and then.
 const slowBytes = 128 << 10
@@ -67,7 +68,7 @@ func (w *watched) tooSlow(n int, took time.Duration) bool {
 	w.got += n
 	w.waited += took
 	slow := w.got < slowBytes
-	if slow && w.waited < w.stall/2 {
+	if slow && w.waited < w.stall {
 		return false
 	}
 	w.got, w.waited = 0, 0
@@ -79,6 +80,9 @@ func (w *watched) Close() error {
 	err := w.body.Close()
 	w.timer.Stop()
 	w.cancel(nil)
+	if w.done != nil {
+		w.done()
+	}
 	return err
 }
 

@@ -137,7 +137,7 @@ func TestRetries(t *testing.T) {
 		})
 	}
 	for name, h := range map[string]http.HandlerFunc{
-		"404": answers(404, nil, ""), "401": answers(401, nil, ""), "416": answers(416, nil, ""), "stall": stall,
+		"404": answers(404, nil, ""), "401": answers(401, nil, ""), "416": answers(416, nil, ""),
 	} {
 		t.Run("none for "+name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -23,7 +23,7 @@ import (
 const (
 	dialTimeout   = 3 * time.Second
 	headerTimeout = 10 * time.Second // from the dialling to the answer's header
-	stallTimeout  = 10 * time.Second
+	stallTimeout  = 4 * time.Second  // a host waits 5 s for its region
 	maxRedirects  = 10
 )
 
@@ -247,7 +247,9 @@ func (c *Client) try(ctx context.Context, e *endpoint, q question, authorization
 	key := limitKeyOf(e.base.Host, q.Kind.String(), q.method, authorization)
 	for n := 0; ; n++ {
 		a, spared, err := c.limits.do(ctx, key, func() (*answer, error) {
-			a, err := e.breaker.Execute(func() (*answer, error) { return c.send(ctx, e, q, authorization) })
+			a, err := e.breaker.Execute(func() (*answer, error) {
+				return hedge(ctx, e.header, func(ctx context.Context) (*answer, error) { return c.send(ctx, e, q, authorization) })
+			})
 			e.tell(c.log, q.Repo.Registry, err)
 			return a, err
 		})

@@ -19,8 +19,8 @@ type Config struct {
 	Default string
 
 	// StallTimeout is how long a body may give no byte before its request
-	// fails; 0 stands for 10 s. Raise it for registries that pause, lower it
-	// to turn elsewhere sooner.
+	// fails; 0 stands for 4 s: with more, hosts may turn to the registry before
+	// its supernode does so again. Raise it for registries that pause.
 	StallTimeout time.Duration
 }
 

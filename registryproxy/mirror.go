@@ -20,7 +20,7 @@ var errDamaged = errors.New("the mirror's bytes do not have their digest")
 // hold reads all of a mirror's manifest, so that one that is damaged or cut off
 // is known while there are others to ask.
 func (a *answer) hold(reference string) error {
-	defer a.close()
+	defer func(body io.Closer) { _ = body.Close() }(a.body)
 	b, err := a.body.upTo(MaxManifestSize + 1)
 	if err != nil {
 		return err

@@ -143,8 +143,8 @@ func sourceOf(contents ...string) http.HandlerFunc {
 
 func digestOf(s string) string { return digest.FromString(s).String() }
 
-// newDeafHost takes a connection and then does nothing with it.
-func newDeafHost() chan net.Conn { return make(chan net.Conn, 1) }
+// newDeafHost takes connections and then does nothing with them.
+func newDeafHost() chan net.Conn { return make(chan net.Conn, 2) }
 
 // refusalOf returns the registry's no that err has to be.
 func refusalOf(t *testing.T, err error) *Refusal {

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -54,16 +55,31 @@ func (c *Client) Manifest(ctx context.Context, head bool, repo Repository, refer
 	if err != nil {
 		return nil, err
 	}
+	m, err := c.manifest(a, q, hurry)
+	if err == nil || ctx.Err() != nil || !IsTemporary(err) {
+		return m, err
+	}
+	if a, err = c.ask(ctx, q); err != nil { // once more, at leisure
+		return nil, err
+	}
+	return c.manifest(a, q, 0)
+}
+
+// manifest reads an answer to q, which must come within limit, if there is one.
+func (c *Client) manifest(a *answer, q question, limit time.Duration) (*Manifest, error) {
 	defer a.close()
 	if err := a.want(http.StatusOK); err != nil {
 		return nil, err
 	}
-	m, err := newManifest(reference, a.header, a.length)
+	m, err := newManifest(q.Reference, a.header, a.length)
 	if err != nil {
 		return nil, a.body.failed(err)
 	}
-	if head {
+	if q.method == http.MethodHead {
 		return m, nil
+	}
+	if limit > 0 {
+		defer time.AfterFunc(limit, func() { a.body.cancel(errStalled) }).Stop()
 	}
 	a.body.count = c.bytes.WithLabelValues(KindManifest.String())
 	if err := m.read(a.body); err != nil {

@@ -123,7 +123,14 @@ func (c *Client) fetchToken(ctx context.Context, e *endpoint, repo Repository, w
 	r := tokenRequest(realm, params["service"], scope, who)
 	key := limitKeyOf(realm.Host, tokenKind, r.method, string(fmt.Append(nil, who.hash())))
 	a, spared, err := c.limits.do(ctx, key, func() (*answer, error) {
-		return c.exchange(ctx, e, repo.Registry, tokenKind).do(r)
+		if r.method != http.MethodGet { // a refresh token may be good for once
+			return c.exchange(ctx, e, repo.Registry, tokenKind).do(r)
+		}
+		return hedge(ctx, e.header, func(ctx context.Context) (*answer, error) {
+			again := r
+			again.header = r.header.Clone()
+			return c.exchange(ctx, e, repo.Registry, tokenKind).do(again)
+		})
 	})
 	if spared {
 		c.spared.WithLabelValues(sparedLimited).Inc()
