@@ -250,6 +250,55 @@ func TestRanges(t *testing.T) {
 	}
 }
 
+// Without a region several ranges cost few requests, and each asks for no more than
+// is wanted.
+func TestSeveralRangesFromTheRegistry(t *testing.T) {
+	g := newRegistry(t)
+	blob := make([]byte, 4<<20)
+	for i := range blob {
+		blob[i] = byte(i * i >> 8)
+	}
+	path := "/v2/org/app/blobs/" + g.blob(blob)
+	var mu sync.Mutex
+	var asked []string
+	g.intercept = func(_ http.ResponseWriter, r *http.Request) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		asked = append(asked, r.Header.Get("Range"))
+		return false
+	}
+	m := newMirror(t, g.URL, "")
+	for _, c := range []struct {
+		spans [][2]int // first and last
+		want  []string
+	}{
+		{[][2]int{{10, 19}, {30, 39}, {100_000, 100_009}}, []string{"bytes=10-100009"}},
+		{[][2]int{{10, 19}, {2 << 20, 2<<20 + 9}, {2<<20 + 10, 2<<20 + 19}}, []string{"bytes=10-19", "bytes=2097152-2097171"}},
+		{[][2]int{{500, 509}, {30, 39}, {50, 59}}, []string{"bytes=500-509", "bytes=30-59"}},
+	} {
+		mu.Lock()
+		asked = nil
+		mu.Unlock()
+		header := ""
+		for _, s := range c.spans {
+			header += fmt.Sprintf(",%d-%d", s[0], s[1])
+		}
+		resp, b := get(t, m.URL+path, "Range: bytes="+header[1:])
+		require.Equal(t, http.StatusPartialContent, resp.StatusCode)
+		_, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+		require.NoError(t, err)
+		parts := multipart.NewReader(bytes.NewReader(b), params["boundary"])
+		for _, s := range c.spans {
+			p, err := parts.NextPart()
+			require.NoError(t, err)
+			part, err := io.ReadAll(p)
+			require.NoError(t, err)
+			require.Equal(t, blob[s[0]:s[1]+1], part)
+		}
+		require.Equal(t, append([]string{"bytes=0-0"}, c.want...), asked, "first the length")
+	}
+}
+
 func TestRefusalsAreTheRegistrysOwn(t *testing.T) {
 	g := newRegistry(t)
 	d := digest.FromString("nothing").String()

@@ -108,6 +108,35 @@ func TestLazyReaderGoesAway(t *testing.T) {
 	})
 }
 
+// Who reads several ranges asks for all of them at once.
+func TestSeveralSpansAreWantedAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBlob(64 << 20)
+		_, n, h := bubble(t, PeerConfig{Background: -1}, assigning(b), b)
+		req := Request{b.id, registryOrigin(), &upstream{bytes: b.bytes}}
+		first, err := h.Open(t.Context(), req, 0, 0)
+		require.NoError(t, err)
+		last := b.layout.Count() - 1
+		spans := []Span{{int64(len(b.bytes)) - 50, 50}, {5, 50}, {b.layout.Offset(7) - 10, 50}, {9, 0}}
+		require.True(t, first.Want(spans))
+		synctest.Wait()
+		asked := []api.Want{{Task: 1, First: 0, Count: 1, More: []api.Run{{First: 6, Count: 2}, {First: last, Count: 1}}}}
+		require.Equal(t, asked, heard(n, wants))
+		for _, s := range spans {
+			got, err := get(t, h, req, s.Offset, s.Length)
+			require.NoError(t, err)
+			require.Equal(t, b.bytes[s.Offset:s.Offset+s.Length], got)
+		}
+		require.NoError(t, first.Close())
+		synctest.Wait()
+		require.Equal(t, asked, heard(n, wants), "and not again")
+	})
+	h := newHost(t, t.TempDir(), PeerConfig{}, 0, nil)
+	b := newBlob(1 << 20)
+	s := open(t, h, Request{b.id, registryOrigin(), &upstream{bytes: b.bytes}}, 0, 0)
+	require.False(t, s.Want([]Span{{0, 1}}), "there is no region")
+}
+
 // The rest is wanted after a while, or by a whole reader at once.
 func TestLazyTasksBecomeWhole(t *testing.T) {
 	for name, read := range map[string]func(t *testing.T, n *fakeNode, h *host, r Request){

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -20,6 +21,9 @@ const (
 	lazyRun   = 64                     // and one of a lazy task
 	wantEvery = 250 * time.Millisecond // between two Wants of a task
 )
+
+// MaxSpans is how many spans Stream.Want has the region bring at once: the first ones.
+const MaxSpans = 32
 
 // task is the host's part in one task, shared by all its streams. It lives while
 // a stream needs it or the download goes on; when the region can no longer give
@@ -46,11 +50,11 @@ type task struct {
 	complete bool
 	want     []api.Run // the last one
 	wanted   time.Time
-	wants    map[*Stream]api.Run // what streams wait for, or will before long
-	lazy     bool                // only that is got, and not yet all
-	later    *time.Timer         // until the rest is wanted, or nothing of it any more
-	sparse   bool                // the supernode has not found the whole right when the last digest comes
-	fetched  int64               // bytes that the supernode has, by its last Progress,
+	wants    map[*Stream][]api.Run // what streams wait for, or will before long
+	lazy     bool                  // only that is got, and not yet all
+	later    *time.Timer           // until the rest is wanted, or nothing of it any more
+	sparse   bool                  // the supernode has not found the whole right when the last digest comes
+	fetched  int64                 // bytes that the supernode has, by its last Progress,
 	progress time.Time
 }
 
@@ -437,11 +441,38 @@ func (p *Peer) ask(s *Stream, first, end int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.asked = end
-	if s.task.wants == nil {
-		s.task.wants = make(map[*Stream]api.Run)
+	s.wantLocked([]api.Run{{First: first, Count: end - first}})
+}
+
+// Span is Length bytes from Offset on.
+type Span struct{ Offset, Length int64 }
+
+// Want has the region bring what streams of their own will read, until s is closed
+// or Want is called again; the spans lie within the content. Who reads several spans one after
+// the other then waits for all of them at once. False tells that the region has no
+// part in s.
+func (s *Stream) Want(spans []Span) bool {
+	if s.task == nil || s.content == nil {
+		return s.content != nil // what is stored needs no region
 	}
-	s.task.wants[s] = api.Run{First: first, Count: end - first}
-	p.wantLocked(s.task)
+	var runs []api.Run
+	for _, b := range spans[:min(len(spans), MaxSpans)] {
+		if first, end := s.content.Layout().Span(b.Offset, b.Length); first < end {
+			runs = append(runs, api.Run{First: first, Count: min(end-first, lazyRun)})
+		}
+	}
+	s.p.mu.Lock()
+	defer s.p.mu.Unlock()
+	s.wantLocked(runs)
+	return true
+}
+
+func (s *Stream) wantLocked(runs []api.Run) {
+	if s.task.wants == nil {
+		s.task.wants = make(map[*Stream][]api.Run)
+	}
+	s.task.wants[s] = runs
+	s.p.wantLocked(s.task)
 }
 
 // wantLocked tells the supernode what t's streams wait for, when that is news.
@@ -450,16 +481,13 @@ func (p *Peer) wantLocked(t *task) {
 	if t.session == nil || t.content == nil || !t.lazy && now.Sub(t.wanted) < wantEvery {
 		return
 	}
-	runs := make([]api.Run, 0, len(t.wants))
-	for _, r := range t.wants {
-		for r.Count > 0 && t.content.Has(r.First) {
+	runs := slices.Concat(slices.Collect(maps.Values(t.wants))...)
+	for i := range runs {
+		for r := &runs[i]; r.Count > 0 && t.content.Has(r.First); r.Count-- {
 			r.First++
-			r.Count--
-		}
-		if r.Count > 0 {
-			runs = append(runs, r)
 		}
 	}
+	runs = slices.DeleteFunc(runs, func(r api.Run) bool { return r.Count == 0 })
 	slices.SortFunc(runs, func(a, b api.Run) int { return cmp.Or(a.First-b.First, a.Count-b.Count) })
 	runs = slices.Compact(runs)
 	runs = runs[:min(len(runs), api.MaxRuns)]

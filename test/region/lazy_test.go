@@ -8,8 +8,12 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"mime"
+	"mime/multipart"
 	"net/http"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -141,6 +145,50 @@ func TestRangesTakeWhatTheyTouch(t *testing.T) {
 			require.Zero(t, h.value(t, "damselfly_fallbacks_total", ""))
 		}
 	})
+}
+
+// Several ranges of one request come at once, not one after the other.
+func TestSeveralRangesComeAtOnce(t *testing.T) {
+	const size, ranges = 32 << 20, 4
+	o := newOrigin(t)
+	content, path := lazyBlob(t, o, size, 8)
+	inner, all := o.backend, make(chan struct{})
+	var asked atomic.Int32
+	o.backend = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Range") != "" { // each waits for the others
+			if asked.Add(1) == ranges {
+				close(all)
+			}
+			select {
+			case <-all:
+			case <-r.Context().Done():
+			}
+		}
+		inner.ServeHTTP(w, r)
+	})
+	host := startHost(t, o, startSupernode(t, o, t.TempDir(), ""), nil)
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, host.url()+path, nil)
+	require.NoError(t, err)
+	offsets := []int{20 << 20, 1 << 20, 9 << 20, 30 << 20}
+	header := "bytes="
+	for _, off := range offsets {
+		header += fmt.Sprintf("%d-%d,", off, off+999)
+	}
+	r.Header.Set("Range", strings.TrimSuffix(header, ","))
+	resp, err := http.DefaultClient.Do(r)
+	require.NoError(t, err)
+	defer func() { _ = resp.Body.Close() }()
+	_, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	require.NoError(t, err)
+	parts := multipart.NewReader(resp.Body, params["boundary"])
+	for _, off := range offsets {
+		p, err := parts.NextPart()
+		require.NoError(t, err)
+		got, err := io.ReadAll(p)
+		require.NoError(t, err)
+		require.Equal(t, content[off:off+1000], got)
+	}
+	require.Zero(t, host.value(t, "damselfly_fallbacks_total", ""))
 }
 
 // A registry that knows no ranges is read once, in order.
