@@ -37,6 +37,7 @@ type mirror struct {
 // handler returns the mirror's routes.
 func (m *mirror) handler() http.Handler {
 	e := gin.New()
+	e.Any("/v2", m.serve)
 	e.Any("/v2/*path", m.serve)
 	e.NoRoute(func(c *gin.Context) {
 		if m.named(c) {

@@ -33,7 +33,9 @@ func (n *Supernode) routes(reg Registry) *gin.Engine {
 	})
 	e.GET(api.TasksPath, n.listTasks)
 	e.GET("/v1/hosts", n.listHosts)
-	e.Any("/v2/*path", func(c *gin.Context) { n.serveV2(c.Writer, c.Request, c.Param("path")) })
+	for _, path := range []string{"/v2", "/v2/*path"} {
+		e.Any(path, func(c *gin.Context) { n.serveV2(c.Writer, c.Request, c.Param("path")) })
+	}
 	e.NoRoute(func(c *gin.Context) {
 		writeError(c.Writer, http.StatusNotFound, api.CodeNotFound, "there is nothing at this path")
 	})

@@ -102,7 +102,15 @@ func (n *Supernode) writeManifest(w http.ResponseWriter, r *http.Request, l *lea
 
 // directManifest answers as the registry does to this caller's own request.
 func (n *Supernode) directManifest(w http.ResponseWriter, r *http.Request, route registryproxy.Route, who registryproxy.Caller) {
-	m, err := n.manifest(r.Context(), route.Repo, route.Reference, r.Header.Values("Accept"), who)
+	accept, head := r.Header.Values("Accept"), r.Method == http.MethodHead
+	var m *registryproxy.Manifest
+	var err error
+	if head {
+		m, err = n.client.Manifest(r.Context(), true, route.Repo, route.Reference, accept, who)
+	}
+	if !head || err == nil && (m.Digest == "" || m.Size < 0) { // a HEAD need not say it all
+		m, err = n.manifest(r.Context(), route.Repo, route.Reference, accept, who)
+	}
 	if err != nil {
 		n.fail(w, err)
 		return
@@ -112,7 +120,7 @@ func (n *Supernode) directManifest(w http.ResponseWriter, r *http.Request, route
 	}
 	w.Header().Set("Content-Type", m.MediaType)
 	registryproxy.Selection{Size: m.Size}.WriteHeader(w)
-	if r.Method != http.MethodHead {
+	if !head {
 		_, _ = w.Write(m.Body) // whoever went away needs no answer
 	}
 }

@@ -220,6 +220,9 @@ func TestClientThatTakesOtherTypesGetsAnAnswerOfItsOwn(t *testing.T) {
 	require.Equal(t, 1, h.times("GET /v2/demo/app/manifests/"))
 	require.Equal(t, 200, r.get("GET", v2("manifests", "v1"), "Accept", "application/vnd.docker.distribution.manifest.v1+json").status)
 	require.Equal(t, 2, h.times("GET /v2/demo/app/manifests/"))
+	require.Equal(t, 200, r.get("HEAD", v2("manifests", "v1"), "Accept", "x/y").status)
+	require.Equal(t, 2, h.times("GET /v2/demo/app/manifests/"))
+	require.Equal(t, 200, r.get("GET", "/v2").status)
 }
 
 func TestNothingSecretIsKept(t *testing.T) {
