@@ -66,7 +66,8 @@ type logins struct {
 	user     string
 	password *file[string]
 	docker   *file[dockerConfig]
-	helper   string // of the configuration itself
+	helper   string        // of the configuration itself
+	patience time.Duration // with a helper
 
 	flight singleflight.Group // of helpers
 	said   *memo[string, helped]
@@ -83,7 +84,7 @@ func newLogins(host string, c Credentials) (*logins, error) {
 	if c == (Credentials{}) {
 		return nil, nil //nolint:nilnil // nothing is configured
 	}
-	l := &logins{host: host, user: c.Username, helper: c.Helper, said: newMemo[string, helped](maxHelpers, time.Now)}
+	l := &logins{host: host, user: c.Username, helper: c.Helper, patience: helperTime, said: newMemo[string, helped](maxHelpers, time.Now)}
 	switch {
 	case c.PasswordFile != "":
 		l.password = &file[string]{path: c.PasswordFile, parse: parsePassword}
@@ -206,7 +207,7 @@ func (l *logins) ask(ctx context.Context, helper string) (login, error) {
 	}
 	done := l.flight.DoChan(helper, func() (any, error) {
 		h := helped{}
-		h.login, h.err = runHelper(context.WithoutCancel(ctx), helper, l.host)
+		h.login, h.err = l.runHelper(context.WithoutCancel(ctx), helper)
 		life := helperLife
 		if h.err != nil {
 			life = helperFailure
@@ -223,16 +224,16 @@ func (l *logins) ask(ctx context.Context, helper string) (login, error) {
 	}
 }
 
-// runHelper runs docker-credential-<name> for a registry, which it may know
+// runHelper runs docker-credential-<name> for the host, which it may know
 // nothing of. Errors quote nothing of what it says.
-func runHelper(ctx context.Context, name, registry string) (login, error) {
+func (l *logins) runHelper(ctx context.Context, name string) (login, error) {
 	if strings.ContainsAny(name, `/\\`) {
 		return login{}, errors.New("a credential helper's name holds a slash: want what follows docker-credential- in the program's name")
 	}
-	ctx, cancel := context.WithTimeout(ctx, helperTime)
+	ctx, cancel := context.WithTimeout(ctx, l.patience)
 	defer cancel()
-	server := registry
-	if registry == "docker.io" {
+	server := l.host
+	if server == "docker.io" {
 		server = "https://index.docker.io/v1/"
 	}
 	got, err := client.Get(func(args ...string) client.Program {
@@ -244,7 +245,7 @@ func runHelper(ctx context.Context, name, registry string) (login, error) {
 	case credentials.IsErrCredentialsNotFound(err):
 		return login{}, nil
 	case ctx.Err() != nil:
-		return login{}, fmt.Errorf("%s%s has not answered in %v", helperPrefix, name, helperTime)
+		return login{}, fmt.Errorf("%s%s has not answered in %v", helperPrefix, name, l.patience)
 	case err != nil:
 		return login{}, fmt.Errorf("%s%s has failed: run it by hand with get, and the registry on its input", helperPrefix, name)
 	case got.Username == tokenUser:
