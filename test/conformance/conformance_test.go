@@ -136,7 +136,7 @@ var rules = slices.Concat(pulling, existing, discovery, around)
 func TestConformance(t *testing.T) {
 	full, without := newRegistry(t, true), newRegistry(t, false)
 	c := fill(t, full, without)
-	full.asked = nil
+	full.forget()
 	urls := map[string]string{modern: full.URL, old: without.URL}
 	registries := registryproxy.Config{Upstreams: []registryproxy.Upstream{
 		{Name: modern, URL: full.URL}, {Name: old, URL: without.URL},
@@ -157,7 +157,7 @@ func TestConformance(t *testing.T) {
 			}
 		}
 		if !s.mirror {
-			full.asked = nil
+			full.forget()
 		}
 	}
 	full.mu.Lock()

@@ -76,6 +76,13 @@ func newRegistry(t *testing.T, referrers bool) *registry {
 	return g
 }
 
+// forget has the registry not know what it was asked.
+func (g *registry) forget() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.asked = nil
+}
+
 // put sends b to a path or URL, and returns the Location of the answer.
 func (g *registry) put(t *testing.T, method, path, mediaType string, b []byte) (to *url.URL) {
 	t.Helper()
