@@ -1,7 +1,6 @@
 package registryproxy
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -232,14 +231,16 @@ func (l *logins) runHelper(ctx context.Context, name string) (login, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, l.patience)
 	defer cancel()
+	running, end := context.WithCancel(ctx)
+	defer end()
 	server := l.host
 	if server == "docker.io" {
 		server = "https://index.docker.io/v1/"
 	}
 	got, err := client.Get(func(args ...string) client.Program {
-		cmd := exec.CommandContext(ctx, helperPrefix+name, args...) //nolint:gosec // G204: the configuration names it
+		cmd := exec.CommandContext(running, helperPrefix+name, args...) //nolint:gosec // G204: the configuration names it
 		cmd.WaitDelay = time.Second
-		return &program{cmd: cmd}
+		return &program{cmd, end}
 	}, server)
 	switch {
 	case credentials.IsErrCredentialsNotFound(err):
@@ -255,25 +256,33 @@ func (l *logins) runHelper(ctx context.Context, name string) (login, error) {
 }
 
 // program is a helper, of whose answer there is a limit.
-type program struct{ cmd *exec.Cmd }
+type program struct {
+	cmd *exec.Cmd
+	end func() // kills it
+}
 
 // Input is what it is asked.
 func (p *program) Input(in io.Reader) { p.cmd.Stdin = in }
 
 // Output runs it.
 func (p *program) Output() ([]byte, error) {
-	var out capped
+	out := capped{full: p.end}
 	p.cmd.Stdout = &out
 	err := p.cmd.Run()
-	return out.Bytes(), err
+	return out.b, err
 }
 
-// capped takes maxHelper bytes, and then ends the helper by an error.
-type capped struct{ bytes.Buffer }
+// capped takes maxHelper bytes, and then ends the helper.
+type capped struct {
+	b    []byte
+	full func()
+}
 
 func (c *capped) Write(p []byte) (int, error) {
-	if c.Len()+len(p) > maxHelper {
+	if len(c.b)+len(p) > maxHelper {
+		c.full()
 		return 0, errors.New("the answer is longer than 64 KiB")
 	}
-	return c.Buffer.Write(p)
+	c.b = append(c.b, p...)
+	return len(p), nil
 }

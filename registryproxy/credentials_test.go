@@ -266,6 +266,7 @@ func TestHelper(t *testing.T) {
 			helper(t, "test", script(tt.script))
 			l, err := newLogins("docker.io", Credentials{Helper: "test"})
 			require.NoError(t, err)
+			l.patience = time.Minute // what says too much is ended before
 			var wg sync.WaitGroup
 			for range 20 {
 				wg.Go(func() {
