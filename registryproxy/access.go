@@ -3,8 +3,11 @@ package registryproxy
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"net/http"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -13,82 +16,236 @@ import (
 const (
 	proofLife   = 5 * time.Minute
 	refusalLife = 5 * time.Second
-	maxProofs   = 1 << 16
+	maxReaders  = 1 << 18
+	maxClosed   = 1 << 14
 	maxRefusals = 256         // their bodies take at most 16 MiB
 	proofTime   = time.Minute // for the requests of one check
+	// awayAfter is how long a registry may think where there is an answer without it.
+	awayAfter = 2 * time.Second
 )
 
 // Access remembers who may read what, so that what is cached goes only to
-// callers that the registry accepts. It holds hashes of credentials, in a
-// bounded map, and asks again after five minutes.
+// callers that the registry accepts:
+//
+//   - A registry lets callers into repositories. Who has read anything of one, by a
+//     fetch or by a HEAD, is its reader: for five minutes, and not past the end that
+//     the caller's token names. Where anyone may read, all are its readers.
+//   - What a repository holds its registry alone says: by having given it from there,
+//     or by a HEAD. Not a manifest, which its author has written.
+//
+// It holds hashes of credentials, in bounded maps. It asks with the caller's own
+// credentials, or with none; callers that need the same answer share a request.
 type Access struct {
 	client   *Client
-	proofs   *memo[proof, struct{}]
+	now      func() time.Time
+	ledger   Ledger
+	readers  *memo[proof, time.Time]     // until when they need no other proof
+	closed   *memo[Repository, struct{}] // to who has no credentials
 	refusals *memo[proof, *Refusal]
 	flight   singleflight.Group
+}
+
+// Ledger keeps which repositories anyone could read when their registry last said
+// so: they stay readable while it is away.
+type Ledger interface {
+	IsPublic(repo Repository) bool
+	SetPublic(repo Repository, public bool)
+}
+
+// Verdict is why a caller may read.
+type Verdict struct {
+	Public bool // no credentials are needed, also none of the configuration
+	Away   bool // the registry could not be asked, and what was so stays so
 }
 
 // proof is the SHA-256 of what is read and of the credentials.
 type proof [sha256.Size]byte
 
-// NewAccess returns an Access that knows nothing yet and asks through c.
-func NewAccess(c *Client, now func() time.Time) *Access {
+// NewAccess returns an Access that knows nothing yet but the ledger, and asks
+// through c.
+func NewAccess(c *Client, ledger Ledger, now func() time.Time) *Access {
 	return &Access{
-		client:   c,
-		proofs:   newMemo[proof, struct{}](maxProofs, now),
+		client: c, now: now, ledger: ledger,
+		readers:  newMemo[proof, time.Time](maxReaders, now),
+		closed:   newMemo[Repository, struct{}](maxClosed, now),
 		refusals: newMemo[proof, *Refusal](maxRefusals, now),
 	}
 }
 
-func proofOf(kind Kind, repo Repository, reference string, who Caller) proof {
+func proofOf(parts ...string) proof {
 	h := sha256.New()
-	for _, s := range []string{kind.String(), repo.Registry, repo.Name, reference, who.Authorization} {
+	for _, s := range parts {
 		h.Write([]byte(s)) // none of them can hold a NUL
 		h.Write([]byte{0})
 	}
 	return proof(h.Sum(nil))
 }
 
-// Check returns nil if who may read a manifest or a blob, which is public if
-// no credentials are needed, also none of the configuration. The registry is asked only when nothing is
-// remembered, with the caller's own credentials or, where it has none, without;
-// callers with the same ones share the request. The error is the registry's
-// *Refusal, remembered for five seconds if it is final, or what Client returns.
-func (a *Access) Check(ctx context.Context, kind Kind, repo Repository, reference string, who Caller) (public bool, err error) {
-	if _, ok := a.proofs.get(proofOf(kind, repo, reference, Caller{})); ok {
-		return a.client.IsPublic(repo.Registry, Caller{}), nil
-	}
-	p := proofOf(kind, repo, reference, who)
-	if _, ok := a.proofs.get(p); ok {
-		return false, nil
-	}
-	if r, ok := a.refusals.get(p); ok {
-		return false, r
-	}
-	done := a.flight.DoChan(string(p[:]), func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), proofTime)
+func readerOf(repo Repository, who Caller) proof {
+	return proofOf("reader", repo.Registry, repo.Name, who.Authorization)
+}
+
+// check is what is to be found out for one caller. held says that the repository
+// is known to hold what is asked for.
+type check struct {
+	Route
+	who  Caller
+	held bool
+}
+
+func (c check) exact() proof {
+	return proofOf(c.Kind.String(), c.Repo.Registry, c.Repo.Name, c.Reference, c.who.Authorization)
+}
+
+// Check returns nil if who may read a manifest or a blob; held says that the
+// repository is known to hold it. The registry is asked only for what is not
+// remembered. The error is the registry's *Refusal, remembered for five seconds if
+// it is final, or what Client returns. While the registry cannot be asked, what
+// anyone could read stays readable, and for as long as its configuration says what
+// the caller could.
+func (a *Access) Check(ctx context.Context, kind Kind, repo Repository, reference string, who Caller, held bool) (Verdict, error) {
+	c := check{Route{kind, repo, reference}, who, held}
+	was, known := a.remembers(c)
+	if known {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, awayAfter)
 		defer cancel()
-		err := a.prove(ctx, kind, repo, reference, who)
-		if err == nil {
-			a.proofs.put(p, struct{}{}, proofLife)
-		} else if r, ok := errors.AsType[*Refusal](err); ok && r.Final() {
-			a.refusals.put(p, r, refusalLife)
-		}
-		return nil, err
-	})
-	select {
-	case <-ctx.Done():
-		return false, context.Cause(ctx)
-	case r := <-done:
-		return r.Err == nil && a.client.IsPublic(repo.Registry, who), r.Err
 	}
+	err := a.find(ctx, c)
+	switch {
+	case err == nil:
+		return Verdict{Public: a.reads(repo, Caller{}) && a.client.IsPublic(repo.Registry, Caller{})}, nil
+	case known && !IsNo(err):
+		return was, nil
+	}
+	return Verdict{}, err
+}
+
+// remembers returns what holds while the registry is away, if anything does.
+func (a *Access) remembers(c check) (Verdict, bool) {
+	if !c.held {
+		return Verdict{}, false
+	}
+	if a.reads(c.Repo, c.who) { // and nobody is asked
+		return Verdict{}, false
+	}
+	if a.client.IsPublic(c.Repo.Registry, Caller{}) && a.ledger.IsPublic(c.Repo) {
+		return Verdict{Public: true, Away: true}, true
+	}
+	_, anyone := a.readers.get(readerOf(c.Repo, Caller{}))
+	_, caller := a.readers.get(readerOf(c.Repo, c.who))
+	return Verdict{Away: true}, anyone || caller
+}
+
+// IsNo tells the registry's no, and a request that must not be sent, from trouble;
+// that it is asked too much is trouble too.
+func IsNo(err error) bool {
+	_, malformed := errors.AsType[*Error](err)
+	r, refused := errors.AsType[*Refusal](err)
+	return malformed || refused && r.Final() && !r.Limited()
+}
+
+// reads tells whether who is known to be a reader.
+func (a *Access) reads(repo Repository, who Caller) bool {
+	for _, who := range []Caller{{}, who} {
+		if until, ok := a.readers.get(readerOf(repo, who)); ok && a.now().Before(until) {
+			return true
+		}
+	}
+	return false
+}
+
+// find finds out what is not known: whether anyone may read, else whether the
+// caller may, and whether it is there.
+func (a *Access) find(ctx context.Context, c check) error {
+	if c.who.Authorization != "" && a.try(ctx, c) {
+		return nil
+	}
+	if !a.reads(c.Repo, c.who) {
+		same, err := a.share(ctx, readerOf(c.Repo, c.who), c)
+		if err != nil || same {
+			return err
+		}
+	}
+	if c.held {
+		return nil
+	}
+	_, err := a.share(ctx, proofOf("holds", c.Kind.String(), c.Repo.Registry, c.Repo.Name, c.Reference), c)
+	return err
+}
+
+// try finds out whether anyone may read, where that is not known, for a caller
+// that has credentials to ask with else. It is true when that has settled it all.
+func (a *Access) try(ctx context.Context, c check) bool {
+	if _, closed := a.closed.get(c.Repo); closed || a.reads(c.Repo, Caller{}) {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, awayAfter)
+	defer cancel()
+	c.who = Caller{}
+	same, err := a.share(ctx, readerOf(c.Repo, c.who), c)
+	if err != nil && !IsNo(err) {
+		a.closed.put(c.Repo, struct{}{}, refusalLife)
+	}
+	return same && err == nil
+}
+
+// share asks for c, or waits for who asks for key already. What comes of that is
+// an answer to all, but for a no: that is one only to who asks for the very same.
+// It tells whether c itself was asked for.
+func (a *Access) share(ctx context.Context, key proof, c check) (same bool, err error) {
+	mine := c.exact()
+	for _, key := range []proof{key, mine} {
+		if no, ok := a.refusals.get(mine); ok {
+			return true, no
+		}
+		done := a.flight.DoChan(string(key[:]), func() (any, error) {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), proofTime)
+			defer cancel()
+			return mine, a.ask(ctx, c)
+		})
+		select {
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		case r := <-done:
+			_, no := errors.AsType[*Refusal](r.Err)
+			if same, err = r.Val.(proof) == mine, r.Err; same || !no {
+				return same, err
+			}
+		}
+	}
+	return same, err
+}
+
+// ask asks the registry, and remembers what it says.
+func (a *Access) ask(ctx context.Context, c check) error {
+	err := a.prove(ctx, c)
+	if err == nil {
+		a.Proved(c.Repo, c.who)
+		return nil
+	}
+	no, refused := errors.AsType[*Refusal](err)
+	if !refused || !no.Final() {
+		return err
+	}
+	a.refusals.put(c.exact(), no, refusalLife)
+	if no.denies() {
+		a.readers.drop(readerOf(c.Repo, c.who), func(time.Time) bool { return true })
+	}
+	if c.who == (Caller{}) && !no.Limited() {
+		a.closed.put(c.Repo, struct{}{}, proofLife)
+		if no.denies() {
+			a.ledger.SetPublic(c.Repo, false)
+		}
+	}
+	return err
 }
 
 // prove asks the registry by a HEAD. One that is refused is followed by a GET:
 // only that has the registry's own words, and an object store may take no HEAD
 // for a URL that was signed for a GET.
-func (a *Access) prove(ctx context.Context, kind Kind, repo Repository, reference string, who Caller) error {
-	q := question{Route: Route{kind, repo, reference}, method: http.MethodHead, who: who}
+func (a *Access) prove(ctx context.Context, c check) error {
+	q := question{Route: c.Route, method: http.MethodHead, who: c.who}
 	q.header = http.Header{"Accept": manifestTypes}
 	answer, err := a.client.ask(ctx, q)
 	if _, ok := errors.AsType[*Refusal](err); ok {
@@ -102,11 +259,37 @@ func (a *Access) prove(ctx context.Context, kind Kind, repo Repository, referenc
 	return answer.want(http.StatusOK)
 }
 
-// Proved remembers that a request with this caller's credentials, or without
-// any if public, has just succeeded, and needs no proof for a while.
-func (a *Access) Proved(kind Kind, repo Repository, reference string, who Caller, public bool) {
-	if public {
-		who = Caller{}
+// Proved remembers that the registry has just let a caller read something of a
+// repository, and needs no proof for a while.
+func (a *Access) Proved(repo Repository, who Caller) {
+	now := a.now()
+	if who == (Caller{}) && !a.reads(repo, who) && a.client.IsPublic(repo.Registry, who) {
+		a.ledger.SetPublic(repo, true)
 	}
-	a.proofs.put(proofOf(kind, repo, reference, who), struct{}{}, proofLife)
+	left := who.left(now)
+	life := min(left, proofLife)
+	a.readers.put(readerOf(repo, who), now.Add(life), min(left, max(life, a.client.get(repo.Registry).away)))
+}
+
+// Life is how long what an origin has said to c may be remembered.
+func (c Caller) Life(now time.Time) time.Duration { return min(c.left(now), proofLife) }
+
+// left is how long the caller's token says that it is good for: a JSON Web Token
+// names its end, and of others nobody knows more than whom they are for.
+func (c Caller) left(now time.Time) time.Duration {
+	const long = 365 * 24 * time.Hour
+	scheme, token, _ := strings.Cut(c.Authorization, " ")
+	parts := strings.Split(token, ".")
+	if !strings.EqualFold(scheme, "bearer") || len(parts) != 3 {
+		return long
+	}
+	var claims struct {
+		End *float64 `json:"exp"` // seconds since 1970
+	}
+	text, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(parts[1], "="))
+	if err != nil || json.Unmarshal(text, &claims) != nil || claims.End == nil {
+		return long
+	}
+	left := *claims.End - float64(now.UnixMilli())/1000
+	return time.Duration(max(0, min(left, long.Seconds())) * float64(time.Second))
 }

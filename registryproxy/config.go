@@ -39,6 +39,11 @@ type Upstream struct {
 	Mirrors []Mirror `mapstructure:"mirrors"`
 	// Readers says who may read what Credentials can.
 	Readers Readers `mapstructure:"readers"`
+	// ReadersWhenAway is for how long after the registry last let a caller read a
+	// repository that caller may go on while the registry cannot be asked; 0: not
+	// past the five minutes in which it need not be. What anyone could read stays
+	// readable in any case.
+	ReadersWhenAway time.Duration `mapstructure:"readers-when-away"`
 
 	// ConnectTimeout (0: 3 s) bounds the making of a connection, HeaderTimeout
 	// (0: 10 s, for mirrors 4 s) all until an answer's header is there. Lower
@@ -94,6 +99,9 @@ const (
 	ReadersRegion Readers = "region"
 )
 
+// maxAway bounds for how long a caller may be one whose access has been revoked.
+const maxAway = 24 * time.Hour
+
 // Validate tells what is wrong with c.
 func (c Config) Validate() error {
 	seen := map[string]bool{}
@@ -135,6 +143,8 @@ func (u Upstream) validate() error {
 	switch {
 	case u.Readers != "" && u.Readers != ReadersCallers && u.Readers != ReadersRegion:
 		return fmt.Errorf("readers %q: want callers or region", u.Readers)
+	case u.ReadersWhenAway < 0 || u.ReadersWhenAway > maxAway:
+		return fmt.Errorf("readers-when-away %v: want 0s to %v", u.ReadersWhenAway, maxAway)
 	case u.ConnectTimeout < 0 || u.HeaderTimeout < 0:
 		return errors.New("connect-timeout and header-timeout: want times above 0, or leave them out")
 	case u.Retries != nil && (*u.Retries < 0 || *u.Retries > maxRetries):

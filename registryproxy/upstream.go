@@ -28,6 +28,8 @@ const (
 type upstream struct {
 	endpoints []*endpoint // the mirrors in order, last the registry itself
 	shared    bool        // who has no credentials reads with configured ones
+
+	away time.Duration // for how long a reader stays one while it cannot be asked
 }
 
 // endpoint is a host that is asked for a registry's contents.
@@ -100,7 +102,7 @@ func (s *upstreams) get(registry string) *upstream {
 }
 
 func (s *upstreams) build(name string, u Upstream) (*upstream, error) {
-	up := &upstream{shared: u.Readers == ReadersRegion}
+	up := &upstream{shared: u.Readers == ReadersRegion, away: u.ReadersWhenAway}
 	for i, m := range u.Mirrors {
 		e, err := s.endpoint(u, m, "")
 		if err != nil {

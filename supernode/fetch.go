@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -182,16 +181,14 @@ func (o *origin) prepare(f *fetch, in *stream) (*pieces.Content, error) {
 	if in.length > pieces.MaxLength {
 		return nil, fmt.Errorf("content of %d bytes is too long", in.length)
 	}
-	m := pieces.Meta{ID: f.id, Layout: pieces.NewLayout(in.length), MediaType: first.mediaType, Origins: []string{f.from}}
-	if in.src.opened(&first) {
-		m.Public = []string{in.src.name()}
-	}
+	m := pieces.Meta{ID: f.id, Layout: pieces.NewLayout(in.length), MediaType: first.mediaType, Origins: origins(in.src)}
+	in.src.opened(&first)
 	return o.store.Create(m)
 }
 
 // resume opens the origin where c has its first gap.
 func (o *origin) resume(c *pieces.Content, in *stream) error {
-	if !slices.Contains(c.Meta().Origins, in.src.from()) {
+	if !gave(in.src, c) {
 		return errChanged // until the whole is verified, one origin's bytes are not another's
 	}
 	l := c.Layout()
@@ -201,10 +198,7 @@ func (o *origin) resume(c *pieces.Content, in *stream) error {
 	}
 	if gap == l.Count() { // all but the proof is there
 		in.off, in.length = l.Length, l.Length
-		public, err := in.src.allowed(o.ctx, c)
-		if err == nil && public {
-			_ = c.AddPublic(in.src.name()) // missed only when the origin is away
-		}
+		_, err := in.src.allowed(o.ctx, c)
 		return err
 	}
 	in.off, in.length = l.Offset(gap), l.Length
@@ -216,9 +210,7 @@ func (o *origin) resume(c *pieces.Content, in *stream) error {
 		return errChanged
 	}
 	in.length = l.Length
-	if in.src.opened(b) {
-		_ = c.AddPublic(in.src.name()) // missed only when the origin is away
-	}
+	in.src.opened(b)
 	return nil
 }
 

@@ -59,9 +59,7 @@ func (l *lease) verify() {
 
 // admit finds out whether the caller of src may read the content.
 func (l *lease) admit(ctx context.Context, src source) (err error) {
-	if l.public, err = src.allowed(ctx, l.Content); err == nil && l.public {
-		_ = l.AddPublic(src.name()) // missed only when the origin is away
-	}
+	l.public, err = src.allowed(ctx, l.Content)
 	return err
 }
 

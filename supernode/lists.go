@@ -38,17 +38,17 @@ type list struct {
 	header http.Header
 	body   []byte
 	no     error
-	at     time.Time
+	until  time.Time
 }
 
 func newLists(fresh time.Duration) *lists { return &lists{fresh: fresh, known: map[proof]list{}} }
 
-// get returns what is known of key, or what ask says.
-func (s *lists) get(ctx context.Context, key proof, ask func(context.Context) (list, error)) (list, error) {
+// get returns what is known of key, which who's credentials are part of, or what ask says.
+func (s *lists) get(ctx context.Context, key proof, who registryproxy.Caller, ask func(context.Context) (list, error)) (list, error) {
 	s.mu.Lock()
 	l, ok := s.known[key]
 	s.mu.Unlock()
-	if ok && time.Since(l.at) < s.fresh {
+	if ok && time.Now().Before(l.until) {
 		return l, l.no
 	}
 	done := s.flight.DoChan(string(key[:]), func() (any, error) {
@@ -58,6 +58,8 @@ func (s *lists) get(ctx context.Context, key proof, ask func(context.Context) (l
 		if r, no := refused(err); no && r.Status == http.StatusNotFound { // as for referrers where they are not known
 			l.no = err
 		}
+		now := time.Now()
+		l.until = now.Add(min(s.fresh, who.Life(now)))
 		if err == nil || l.no != nil {
 			s.put(key, l)
 		}
@@ -74,7 +76,6 @@ func (s *lists) get(ctx context.Context, key proof, ask func(context.Context) (l
 
 // put keeps l, and forgets all others where they are too much.
 func (s *lists) put(key proof, l list) {
-	l.at = time.Now()
 	const each = 1 << 10 // for what is not body
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,7 +94,7 @@ func (n *Supernode) serveList(w http.ResponseWriter, r *http.Request, route regi
 	query, accept := r.URL.Query(), r.Header.Values("Accept")
 	query.Del("ns")
 	key := proofOf("list", r.Method, route.Repo.Registry, route.Path(), query.Encode(), strings.Join(accept, ","), who.Authorization)
-	l, err := n.lists.get(r.Context(), key, func(ctx context.Context) (l list, err error) {
+	l, err := n.lists.get(r.Context(), key, who, func(ctx context.Context) (l list, err error) {
 		resp, err := n.client.Forward(ctx, r.Method, route, query, http.Header{"Accept": accept}, who)
 		if err != nil {
 			return l, err

@@ -38,15 +38,16 @@ var errNotKept = errors.New("the manifest last known is no longer kept")
 func (n *Supernode) serveManifest(w http.ResponseWriter, r *http.Request, route registryproxy.Route, who registryproxy.Caller) {
 	ctx, cancel := context.WithTimeoutCause(r.Context(), firstByte, errStalled)
 	defer cancel()
-	t := tag{digest: route.Reference}
+	src, t := n.source(route, who), tag{digest: route.Reference}
 	if digest.Digest(route.Reference).Validate() != nil {
 		var err error
-		if t, err = n.resolve(ctx, r.Method == http.MethodHead, n.source(route, who)); err != nil {
+		if t, err = n.resolve(ctx, r.Method == http.MethodHead, src); err != nil {
 			n.fail(w, err)
 			return
 		}
+		src = n.source(route, who)
+		src.named = true
 	}
-	src := n.source(route, who)
 	l, err := n.bringManifest(ctx, pieces.TaskID(t.digest), t, src)
 	if err != nil {
 		n.notCached(w, r, route, who, err)
@@ -149,10 +150,9 @@ func (n *Supernode) resolve(ctx context.Context, head bool, src *registrySource)
 	age := time.Since(last.Checked)
 	known = known && age < n.cfg.StaleFor
 	if known && age < n.cfg.TagFreshness {
-		if _, err := src.check(ctx, src.digest, n.wasPublic(last.Digest, src)); err != nil {
+		if _, err := src.check(ctx, src.digest, true); err != nil {
 			return tag{}, err
 		}
-		src.proved(last.Digest)
 		return tag{digest: last.Digest}, nil
 	}
 	if known {
@@ -175,25 +175,14 @@ func (n *Supernode) resolve(ctx context.Context, head bool, src *registrySource)
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}
-	if err == nil || isNo(err) || !known {
+	if err == nil || registryproxy.IsNo(err) || !known {
 		return t, err
 	}
-	if _, denied := src.check(ctx, src.digest, n.wasPublic(last.Digest, src)); denied != nil {
+	if _, denied := src.check(ctx, src.digest, true); denied != nil {
 		return tag{}, err
 	}
 	n.log.Info("registry does not say what a tag is", zap.String("tag", name), zap.Error(err))
 	return tag{digest: last.Digest, age: max(age, time.Second)}, nil
-}
-
-// wasPublic tells whether anyone could read a cached manifest in the source's
-// repository.
-func (n *Supernode) wasPublic(d string, src *registrySource) bool {
-	c, err := n.store.Get(pieces.TaskID(d))
-	if err != nil {
-		return false
-	}
-	defer c.Release()
-	return src.isPublic(c)
 }
 
 // lookup asks the registry with the caller's credentials, by a HEAD. Where that
@@ -207,8 +196,7 @@ func (n *Supernode) lookup(ctx context.Context, head bool, name string, src *reg
 	if err != nil {
 		return tag{}, err
 	}
-	src.proved(src.digest)
-	src.proved(m.Digest.String())
+	src.proved()
 	v := note{Name: name, Digest: m.Digest.String(), Checked: time.Now()}
 	if err := n.tags.put(v); err != nil {
 		n.log.Warn("tag is not kept", zap.String("tag", name), zap.Error(err))

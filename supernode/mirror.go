@@ -183,7 +183,7 @@ func (n *Supernode) headBlob(w http.ResponseWriter, r *http.Request, id pieces.T
 	} else {
 		size, err = n.client.HeadBlob(r.Context(), route.Repo, route.Reference, who)
 		if err == nil {
-			src.proved(src.digest)
+			src.proved()
 		}
 	}
 	if err != nil {

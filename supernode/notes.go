@@ -13,6 +13,10 @@ import (
 	"path"
 	"strings"
 	"time"
+
+	"go.uber.org/zap"
+
+	"damselfly.dev/registryproxy"
 )
 
 const (
@@ -20,8 +24,8 @@ const (
 	tempPrefix = "tmp-"   // a file on its way in by rename
 )
 
-// note is what the supernode remembers of a name whose content may change: a
-// tag or a URL.
+// note is what the supernode remembers of a name of which it may not be true for
+// ever: a tag, a URL, a repository that anyone can read.
 type note struct {
 	Name    string    `json:"name"`
 	Digest  string    `json:"digest,omitempty"`  // of a tag's manifest
@@ -89,6 +93,39 @@ func (n *notes) put(v note) error {
 		return fmt.Errorf("keep a note in %s: %w", n.dir, err)
 	}
 	return nil
+}
+
+// drop forgets the note of a name.
+func (n *notes) drop(name string) error {
+	if err := n.root.Remove(n.file(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("forget a note in %s: %w", n.dir, err)
+	}
+	return nil
+}
+
+// ledger keeps a note of each repository that anyone can read.
+type ledger struct {
+	*notes
+	log *zap.Logger
+}
+
+// IsPublic implements registryproxy.Ledger.
+func (l ledger) IsPublic(repo registryproxy.Repository) bool {
+	_, ok := l.get(repo.String())
+	return ok
+}
+
+// SetPublic implements registryproxy.Ledger.
+func (l ledger) SetPublic(repo registryproxy.Repository, public bool) {
+	var err error
+	if public {
+		err = l.put(note{Name: repo.String(), Checked: time.Now()})
+	} else {
+		err = l.drop(repo.String())
+	}
+	if err != nil {
+		l.log.Warn("who may read a repository is not kept", zap.Stringer("repository", repo), zap.Error(err))
+	}
 }
 
 func readSmall(root *os.Root, name string, limit int64) ([]byte, error) {

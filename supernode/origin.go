@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -114,15 +113,14 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, lazy b
 		if l.Content, err = o.store.Get(id); err != nil {
 			return nil, err
 		}
-		if mine {
-			l.public = slices.Contains(l.Meta().Public, src.name())
-			l.fetch.use(src, lazy)
-			return l, nil
+		if !mine || id.Content() != "" { // who asked first has its proof as long as that lasts
+			if err := l.admit(ctx, src); err != nil {
+				return l.or(err)
+			}
 		}
-		if err := l.admit(ctx, src); err != nil {
-			return l.or(err)
+		if !mine {
+			l.fetch.spare(src)
 		}
-		l.fetch.spare(src)
 		l.fetch.use(src, lazy)
 		return l, nil
 	}
@@ -132,7 +130,7 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, lazy b
 // server can say that it has a digest, and that the caller may read it. One that
 // has not is asked for all of them once, and they are compared.
 func (o *origin) vouch(ctx context.Context, c *pieces.Content, src source) error {
-	if slices.Contains(c.Meta().Origins, src.from()) {
+	if gave(src, c) {
 		return nil
 	}
 	key := src.key()

@@ -7,7 +7,7 @@ import (
 	"errors"
 	"io"
 	"slices"
-	"time"
+	"strings"
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
@@ -28,11 +28,11 @@ type source interface {
 	// whether anyone may; errChanged when c is no longer what the origin has.
 	allowed(ctx context.Context, c *pieces.Content) (public bool, err error)
 	// opened notes that open has succeeded, so that the caller needs no other
-	// proof, and tells whether that means that anyone may read it.
-	opened(b *body) (public bool)
+	// proof.
+	opened(b *body)
 	// continues tells whether b is more of what the task's bytes so far are of.
 	continues(b *body) bool
-	// name is the one under which a content is public, "" if it never is.
+	// name is the repository under which a content is asked for, "" for none.
 	name() string
 	// from names the registry or server that is asked. Its word on who may read a
 	// content counts only when it has itself given that content's bytes.
@@ -83,7 +83,8 @@ type registrySource struct {
 	digest string
 	who    registryproxy.Caller
 	got    *registryproxy.Manifest // what the registry has already given, or nil
-	away   bool                    // the registry could not be asked, and what was public stays so
+	named  bool                    // the digest is the registry's own answer for a tag of the repository
+	away   bool                    // the registry could not be asked, and who could read may go on
 }
 
 // registries is what is needed to ask registries.
@@ -143,54 +144,29 @@ func (r registries) manifest(ctx context.Context, repo registryproxy.Repository,
 	return m, err
 }
 
-// awayAfter is how long the registry may think about who may read what was
-// public when it was last asked.
-const awayAfter = 2 * time.Second
-
+// allowed asks the registry for what is not known: whether the caller may read the
+// repository, and whether that holds c.
 func (s *registrySource) allowed(ctx context.Context, c *pieces.Content) (bool, error) {
-	return s.check(ctx, s.digest, s.isPublic(c))
-}
-
-// isPublic tells whether anyone could read c when the registry was last asked.
-func (s *registrySource) isPublic(c *pieces.Content) bool {
-	return slices.Contains(c.Meta().Public, s.name())
-}
-
-// check asks the registry whether the caller may read a reference. What was
-// public stays so while the registry is away.
-func (s *registrySource) check(ctx context.Context, reference string, wasPublic bool) (bool, error) {
-	if wasPublic {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, awayAfter)
-		defer cancel()
-	}
-	public, err := s.access.Check(ctx, s.kind, s.repo, reference, s.who)
-	if err != nil && wasPublic && !isNo(err) {
-		s.away = true
-		return true, nil
+	held := slices.Contains(c.Meta().Origins, s.name())
+	public, err := s.check(ctx, s.digest, held || s.named)
+	if err == nil && !held {
+		_ = c.AddOrigin(s.name()) // else it is asked again
 	}
 	return public, err
 }
 
-// isNo tells the origin's no, and a request that must not be sent, from trouble;
-// that it is asked too much is trouble too.
-func isNo(err error) bool {
-	_, malformed := errors.AsType[*registryproxy.Error](err)
-	r, no := refused(err)
-	return malformed || no && !r.Limited()
+// check asks the registry whether the caller may read a reference, which the
+// repository is known to hold or not.
+func (s *registrySource) check(ctx context.Context, reference string, held bool) (bool, error) {
+	v, err := s.access.Check(ctx, s.kind, s.repo, reference, s.who, held)
+	s.away = s.away || v.Away
+	return v.Public, err
 }
 
-func (s *registrySource) opened(*body) bool {
-	s.proved(s.digest)
-	return s.anonymous()
-}
+func (s *registrySource) opened(*body) { s.proved() }
 
-// proved notes that the registry has just let the caller read a reference.
-func (s *registrySource) proved(reference string) {
-	s.access.Proved(s.kind, s.repo, reference, s.who, s.anonymous())
-}
-
-func (s *registrySource) anonymous() bool { return s.client.IsPublic(s.repo.Registry, s.who) }
+// proved notes that the registry has just let the caller read the repository.
+func (s *registrySource) proved() { s.access.Proved(s.repo, s.who) }
 
 // continues is true: the digest decides.
 func (s *registrySource) continues(*body) bool { return true }
@@ -201,6 +177,23 @@ func (s *registrySource) from() string { return s.repo.Registry }
 
 func (s *registrySource) key() proof {
 	return proofOf("registry", s.kind.String(), s.repo.Registry, s.repo.Name, s.digest, s.who.Authorization)
+}
+
+// origins are who has given a content, when src has: its registry or server, and its
+// name there.
+func origins(src source) []string {
+	if src.name() == "" {
+		return []string{src.from()}
+	}
+	return []string{src.from(), src.name()}
+}
+
+// gave tells whether the origin of src has itself given the bytes of c. It has
+// where only the name of one of its repositories is still known.
+func gave(src source, c *pieces.Content) bool {
+	return slices.ContainsFunc(c.Meta().Origins, func(o string) bool {
+		return o == src.from() || strings.HasPrefix(o, src.from()+"/")
+	})
 }
 
 // proof is the SHA-256 of what is read and of the credentials.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -226,22 +225,17 @@ func (o *origin) scatter(f *fetch, src source) (*pieces.Content, error) {
 		return nil, nil // nobody could tell a mixture of two versions
 	}
 	c, err := o.store.Get(f.id)
-	if err == nil && (!slices.Contains(c.Meta().Origins, src.from()) || c.Layout().Length != b.length || !src.continues(b)) {
+	if err == nil && (!gave(src, c) || c.Layout().Length != b.length || !src.continues(b)) {
 		c.Release()
 		o.drop(f.id, errChanged.Error(), always)
 		c = nil
 	}
-	public := src.opened(b)
-	m := pieces.Meta{ID: f.id, Layout: pieces.NewRangedLayout(b.length), Origins: []string{f.from}}
-	if public {
-		m.Public = []string{src.name()}
-	}
+	src.opened(b)
+	m := pieces.Meta{ID: f.id, Layout: pieces.NewRangedLayout(b.length), Origins: origins(src)}
 	if err != nil || c == nil {
 		if c, err = o.store.Create(m); err != nil {
 			return nil, err
 		}
-	} else if public {
-		_ = c.AddPublic(src.name()) // missed only when the origin is away
 	}
 	have := pieces.NewSet(c.Layout().Count())
 	for i := range c.Layout().Count() {

@@ -103,7 +103,11 @@ func (n *Supernode) open(reg Registry) (err error) {
 	if err != nil {
 		return err
 	}
-	n.registries = registries{client, registryproxy.NewAccess(client, time.Now), n.metrics}
+	public, err := openNotes(n.root, "public", keepVersions)
+	if err != nil {
+		return err
+	}
+	n.registries = registries{client, registryproxy.NewAccess(client, ledger{public, n.log}, time.Now), n.metrics}
 	stall := n.cfg.Registries.StallTimeout
 	if stall == 0 {
 		stall = stallTimeout

@@ -196,17 +196,16 @@ func (s *urlSource) continues(b *body) bool {
 }
 
 // opened notes what the URL stands for now. A restart knows it as well.
-func (s *urlSource) opened(b *body) bool {
+func (s *urlSource) opened(b *body) {
 	if s.id.Content() != "" {
 		s.prove(s.proof, time.Time{})
-		return false
+		return
 	}
 	now := note{Name: string(s.id), Version: b.version, Own: s.own, Checked: time.Now()}
 	s.prove(s.proof, now.Checked)
 	if err := s.seen.put(now); err != nil {
 		s.log.Warn("version of a URL is not kept", zap.Error(err))
 	}
-	return false
 }
 
 // allowed asks the origin whether the caller may read the URL and, where the
@@ -219,10 +218,11 @@ func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error
 	var v note
 	known := named
 	if !named {
-		within = s.fresh
+		within = min(s.fresh, proofLife)
 		v, known = s.seen.get(string(s.id))
 	}
-	if s.proved(s.proof, v.Checked, within) {
+	caller := registryproxy.Caller{Authorization: s.header.Get("Authorization")}
+	if caller.Life(time.Now()) > 0 && s.proved(s.proof, v.Checked, within) {
 		return false, nil
 	}
 	b, err := s.measure(ctx)
