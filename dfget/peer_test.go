@@ -55,7 +55,7 @@ func TestPiecesComeFromParents(t *testing.T) {
 	require.Equal(t, b.bytes, got)
 	require.Empty(t, up.opened())
 	require.Eventually(t, func() bool { return len(heard(n, dones)) == b.layout.Count() }, waitFor, tick)
-	require.Equal(t, len(b.bytes), h.metric(t, "received_bytes_total", sourcePeer))
+	require.Equal(t, len(b.bytes), h.metric(t, "damselfly_received_bytes_total", sourcePeer))
 	require.Eventually(t, func() bool { return complete(h, b) && idle(h) }, waitFor, tick)
 
 	s := open(t, h, req, 100, 1<<20)
@@ -63,7 +63,7 @@ func TestPiecesComeFromParents(t *testing.T) {
 	_, err = s.WriteTo(&part)
 	require.NoError(t, err)
 	require.Equal(t, b.bytes[100:100+1<<20], part.Bytes())
-	require.Equal(t, 1<<20, h.metric(t, "received_bytes_total", sourceStore))
+	require.Equal(t, 1<<20, h.metric(t, "damselfly_received_bytes_total", sourceStore))
 	require.Equal(t, Stats{Store: 1 << 20}, s.Stats())
 	require.Len(t, heard(n, joins), 2, "what is there is asked for all the same")
 	require.Empty(t, up.opened())
@@ -168,7 +168,7 @@ func TestInlineAndMalformedAssignments(t *testing.T) {
 	require.Equal(t, map[uint64]api.Failure{
 		1: api.Local, 2: api.Local, 3: api.Local, 4: api.Local, 5: api.Local, 6: api.Gone, 7: api.Corrupt,
 	}, why)
-	require.Equal(t, len(b.bytes)+len("four")+len("wrong"), h.metric(t, "received_bytes_total", sourceSupernode))
+	require.Equal(t, len(b.bytes)+len("four")+len("wrong"), h.metric(t, "damselfly_received_bytes_total", sourceSupernode))
 }
 
 func TestSmallContentComesWithTheAnswer(t *testing.T) {
@@ -196,7 +196,7 @@ func TestSmallContentComesWithTheAnswer(t *testing.T) {
 			}
 			require.Empty(t, up.opened())
 			require.Eventually(t, func() bool { return complete(h, b) && len(heard(n, holds)) == 1 }, waitFor, tick)
-			require.Equal(t, len(b.bytes), h.metric(t, "received_bytes_total", sourceSupernode))
+			require.Equal(t, len(b.bytes), h.metric(t, "damselfly_received_bytes_total", sourceSupernode))
 		})
 	}
 }
@@ -240,7 +240,7 @@ func TestStreamsShareOneDownload(t *testing.T) {
 	}
 	require.NoError(t, group.Wait())
 	require.Len(t, heard(n, joins), 8)
-	require.Equal(t, len(b.bytes), h.metric(t, "received_bytes_total", sourceSupernode))
+	require.Equal(t, len(b.bytes), h.metric(t, "damselfly_received_bytes_total", sourceSupernode))
 }
 
 func TestReaderThatLeavesEndsNothing(t *testing.T) {
@@ -335,7 +335,7 @@ func TestRestartGoesOn(t *testing.T) {
 			got, err := io.ReadAll(s)
 			require.NoError(t, err)
 			require.Equal(t, b.bytes, got)
-			require.Equal(t, len(b.bytes)/2+lost*int(b.layout.PieceSize), second.metric(t, "received_bytes_total", sourceSupernode))
+			require.Equal(t, len(b.bytes)/2+lost*int(b.layout.PieceSize), second.metric(t, "damselfly_received_bytes_total", sourceSupernode))
 			require.Eventually(t, func() bool { return complete(second, b) }, waitFor, tick)
 		})
 	}
@@ -366,7 +366,7 @@ func TestContentWithoutSession(t *testing.T) {
 			require.Len(t, c.up.opened(), c.asked)
 			if c.err == nil {
 				require.Equal(t, b.bytes[5:], got)
-				require.Equal(t, len(got), h.metric(t, "received_bytes_total", sourceStore))
+				require.Equal(t, len(got), h.metric(t, "damselfly_received_bytes_total", sourceStore))
 			}
 		})
 	}
@@ -437,7 +437,7 @@ func TestFullDisk(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, b.bytes[3:], got)
 		require.Equal(t, []int64{3}, up.opened())
-		require.Equal(t, 1, h.metric(t, "fallbacks_total", causeStore))
+		require.Equal(t, 1, h.metric(t, "damselfly_fallbacks_total", causeStore))
 		require.Eventually(t, func() bool { return len(heard(n, leaves)) == 1 }, waitFor, tick)
 	})
 	t.Run("the disk takes no more", func(t *testing.T) {
@@ -456,7 +456,7 @@ func TestFullDisk(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, b.bytes, got)
 		require.Less(t, time.Since(began), 2*time.Second)
-		require.Equal(t, 1, h.metric(t, "fallbacks_total", causeStore))
+		require.Equal(t, 1, h.metric(t, "damselfly_fallbacks_total", causeStore))
 		require.Eventually(t, func() bool { return len(heard(n, leaves)) == 1 }, waitFor, tick)
 		require.Equal(t, api.Local, heard(n, faileds)[0].Why)
 	})
@@ -531,7 +531,7 @@ func TestCancelledTransferIsNotReported(t *testing.T) {
 	require.Equal(t, b.bytes, got)
 	require.Eventually(t, func() bool { return len(heard(n, dones)) == 1 }, waitFor, tick)
 	require.Empty(t, heard(n, faileds))
-	require.Eventually(t, func() bool { return h.metric(t, "transfers_total", resultCancelled) == 1 }, waitFor, tick)
+	require.Eventually(t, func() bool { return h.metric(t, "damselfly_transfers_total", resultCancelled) == 1 }, waitFor, tick)
 }
 
 func TestTooManyTransfers(t *testing.T) {
@@ -627,7 +627,7 @@ func TestHandler(t *testing.T) {
 			require.Equal(t, itoa(w.Body.Len()), w.Header().Get("Content-Length"))
 		}
 	}
-	require.Equal(t, int(last)-5+1+1, h.metric(t, "sent_bytes_total", ""))
+	require.Equal(t, int(last)-5+1+1, h.metric(t, "damselfly_sent_bytes_total", ""))
 
 	for range cap(h.slots) {
 		h.slots <- struct{}{}
@@ -662,8 +662,8 @@ func TestPeerServesPeer(t *testing.T) {
 	got, err := get(t, h, Request{b.id, registryOrigin(), &upstream{}}, 0, -1)
 	require.NoError(t, err)
 	require.Equal(t, b.bytes, got)
-	require.Equal(t, len(b.bytes), h.metric(t, "received_bytes_total", sourcePeer))
-	require.Equal(t, len(b.bytes), seed.metric(t, "sent_bytes_total", ""))
+	require.Equal(t, len(b.bytes), h.metric(t, "damselfly_received_bytes_total", sourcePeer))
+	require.Equal(t, len(b.bytes), seed.metric(t, "damselfly_sent_bytes_total", ""))
 }
 
 func TestTicketIsRenewed(t *testing.T) {

@@ -25,6 +25,7 @@ import (
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/test/meter"
 )
 
 // blob is a content with its digests.
@@ -382,17 +383,7 @@ func newHost(t *testing.T, dir string, cfg PeerConfig, quota int64, dial func(co
 // metric returns the value of a counter or gauge, by its name and label.
 func (h *host) metric(t *testing.T, name, label string) int {
 	t.Helper()
-	families, err := h.reg.Gather()
-	require.NoError(t, err)
-	v := 0.0
-	for _, f := range families {
-		for _, m := range f.GetMetric() {
-			if f.GetName() == "damselfly_"+name && (label == "" || m.GetLabel()[0].GetValue() == label) {
-				v += m.GetCounter().GetValue() + m.GetGauge().GetValue()
-			}
-		}
-	}
-	return int(v)
+	return int(meter.Value(t, h.reg, name, label))
 }
 
 func registryOrigin(header ...string) api.Origin {

@@ -101,7 +101,7 @@ func TestBadParents(t *testing.T) {
 				}
 				require.Len(t, heard(n, dones), b.layout.Count())
 				if c.why == api.Corrupt {
-					require.Equal(t, b.layout.Count(), h.metric(t, "verify_failures_total", ""))
+					require.Equal(t, b.layout.Count(), h.metric(t, "damselfly_verify_failures_total", ""))
 				}
 			})
 		})
@@ -223,8 +223,8 @@ func TestOpenTurnsToTheOrigin(t *testing.T) {
 				require.NoError(t, err)
 				require.Equal(t, b.bytes[12345:], got)
 				require.Equal(t, []int64{12345}, up.opened())
-				require.Equal(t, 1, h.metric(t, "fallbacks_total", c.cause))
-				require.Equal(t, len(got), h.metric(t, "received_bytes_total", sourceOrigin))
+				require.Equal(t, 1, h.metric(t, "damselfly_fallbacks_total", c.cause))
+				require.Equal(t, len(got), h.metric(t, "damselfly_received_bytes_total", sourceOrigin))
 				require.Equal(t, Stats{Origin: int64(len(got))}, s.Stats())
 			})
 		})
@@ -302,7 +302,7 @@ func TestStreamGoesOnFromTheOrigin(t *testing.T) {
 					require.NoError(t, err)
 					require.True(t, bytes.Equal(b.bytes, got.Bytes()))
 					require.Equal(t, middle, up.opened()[0])
-					require.Equal(t, 1, h.metric(t, "fallbacks_total", c.cause))
+					require.Equal(t, 1, h.metric(t, "damselfly_fallbacks_total", c.cause))
 					tries := time.Duration(len(up.opened())) * 2 * directBackOff
 					require.InDelta(t, c.after.Seconds(), time.Since(began).Seconds(), 0.7+tries.Seconds())
 				})
@@ -397,7 +397,7 @@ func TestLatePieceIsNotWaitedForLong(t *testing.T) {
 		require.Equal(t, b.bytes[b.layout.Offset(16):], got)
 		require.Equal(t, []int64{b.layout.Offset(16)}, up.opened())
 		require.InDelta(t, lateLimit.Seconds(), time.Since(began).Seconds(), 1)
-		require.Equal(t, 1, h.metric(t, "fallbacks_total", causeLate))
+		require.Equal(t, 1, h.metric(t, "damselfly_fallbacks_total", causeLate))
 	})
 }
 

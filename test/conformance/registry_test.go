@@ -31,6 +31,7 @@ import (
 	"damselfly.dev/dfdaemon"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode"
+	"damselfly.dev/test/meter"
 )
 
 const (
@@ -267,31 +268,15 @@ func startHost(t *testing.T, registries registryproxy.Config, centre string) (ba
 	if centre != "" {
 		cfg.Supernodes = []string{centre}
 	}
-	metrics := prometheus.NewRegistry()
-	d, err := dfdaemon.New(cfg, quiet(t), metrics)
+	reg := prometheus.NewRegistry()
+	d, err := dfdaemon.New(cfg, quiet(t), reg)
 	require.NoError(t, err)
 	run(t, d.Run)
 	if centre != "" {
-		require.Eventually(t, func() bool { return value(t, metrics, "damselfly_session_up") == 1 }, 30*time.Second, 10*time.Millisecond)
+		require.Eventually(t, func() bool { return meter.Value(t, reg, "damselfly_session_up", "") == 1 }, 30*time.Second, 10*time.Millisecond)
 		t.Cleanup(func() {
-			require.Zero(t, value(t, metrics, "damselfly_fallbacks_total"), "streams went past the region")
+			require.Zero(t, meter.Value(t, reg, "damselfly_fallbacks_total", ""), "streams went past the region")
 		})
 	}
 	return "http://" + d.MirrorAddr()
-}
-
-// value returns the sum of a metric over its labels.
-func value(t *testing.T, reg *prometheus.Registry, name string) (sum float64) {
-	t.Helper()
-	families, err := reg.Gather()
-	require.NoError(t, err)
-	for _, f := range families {
-		if f.GetName() != name {
-			continue
-		}
-		for _, m := range f.GetMetric() {
-			sum += m.GetGauge().GetValue() + m.GetCounter().GetValue()
-		}
-	}
-	return sum
 }
