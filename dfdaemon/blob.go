@@ -25,7 +25,7 @@ func (b registryBlob) Open(ctx context.Context, off int64) (io.ReadCloser, int64
 	var body *registryproxy.BlobBody
 	var err error
 	if b.end > 0 {
-		body, err = b.registry.BlobRange(ctx, b.route.Repo, b.route.Reference, off, b.end-off, b.who)
+		body, err = b.registry.BlobRange(ctx, b.route.Repo, b.route.Reference, registryproxy.ByteRange{Offset: off, Length: b.end - off}, b.who)
 	} else {
 		body, err = b.registry.Blob(ctx, b.route.Repo, b.route.Reference, off, b.who)
 	}

@@ -12,8 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/opencontainers/go-digest"
-
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
 )
@@ -132,12 +130,9 @@ func (a *answer) check(route registryproxy.Route, length int64) error {
 	if route.Kind != registryproxy.KindManifest && route.Kind != registryproxy.KindBlob {
 		return nil
 	}
-	want := digest.Digest(route.Reference)
-	if want.Validate() != nil { // a tag
-		want = digest.Digest(a.header.Get(digestHeader))
-	}
-	if err := want.Validate(); err != nil {
-		return fmt.Errorf("it names no digest: %w", err)
+	want := registryproxy.DigestOf(route.Reference, a.header)
+	if want == "" {
+		return errors.New("it names no digest")
 	}
 	if a.body != nil && want.Algorithm().FromBytes(a.body) != want {
 		return errors.New("its bytes have another digest")

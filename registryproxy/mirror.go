@@ -25,11 +25,7 @@ func (a *answer) hold(reference string) error {
 	if err != nil {
 		return err
 	}
-	want := digest.Digest(reference)
-	if want.Validate() != nil { // a tag
-		want = digest.Digest(a.header.Get("Docker-Content-Digest"))
-	}
-	if want.Validate() == nil && want.Algorithm().FromBytes(b) != want {
+	if want := DigestOf(reference, a.header); want != "" && want.Algorithm().FromBytes(b) != want {
 		return errDamaged
 	}
 	held := io.NopCloser(bytes.NewReader(b))

@@ -88,12 +88,20 @@ func (c *Client) manifest(a *answer, q question, limit time.Duration) (*Manifest
 	return m, nil
 }
 
+// DigestOf returns the digest of what was asked for by reference: that itself, for
+// a tag the one that the answer's header names, else "".
+func DigestOf(reference string, h http.Header) digest.Digest {
+	for _, s := range []string{reference, h.Get("Docker-Content-Digest")} {
+		if d := digest.Digest(s); d.Validate() == nil {
+			return d
+		}
+	}
+	return ""
+}
+
 // newManifest reads the header of an answer to who asked for reference.
 func newManifest(reference string, h http.Header, length int64) (*Manifest, error) {
-	named := digest.Digest(h.Get("Docker-Content-Digest"))
-	if named.Validate() != nil {
-		named = ""
-	}
+	named := DigestOf("", h)
 	if d := digest.Digest(reference); d.Validate() == nil {
 		if named != "" && named != d && named.Algorithm() == d.Algorithm() {
 			return nil, fmt.Errorf("asked for manifest %s, it answers with %s", d, named)
@@ -163,16 +171,21 @@ type BlobBody struct {
 
 // Blob asks for a blob's bytes from off on, 0 ≤ off < its length.
 func (c *Client) Blob(ctx context.Context, repo Repository, dgst string, off int64, who Caller) (*BlobBody, error) {
-	return c.blob(ctx, repo, dgst, off, -1, who)
+	a, err := c.askBlob(ctx, Route{KindBlob, repo, dgst}, ByteRange{off, -1}, who)
+	if err != nil {
+		return nil, err
+	}
+	return a.blob(off, -1)
 }
 
-// BlobRange asks for at most n > 0 bytes of a blob from off on, fewer only
-// where the blob ends; 0 ≤ off < its length.
-func (c *Client) BlobRange(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller) (*BlobBody, error) {
-	if n <= 0 {
-		return nil, fmt.Errorf("range of %d bytes of blob %s", n, dgst)
+// BlobRange asks for the r.Length > 0 bytes of a blob from r.Offset on, fewer only
+// where the blob ends; 0 ≤ r.Offset < its length.
+func (c *Client) BlobRange(ctx context.Context, repo Repository, dgst string, r ByteRange, who Caller) (*BlobBody, error) {
+	a, err := c.askBlob(ctx, Route{KindBlob, repo, dgst}, r, who)
+	if err != nil {
+		return nil, err
 	}
-	return c.blob(ctx, repo, dgst, off, n, who)
+	return a.blob(r.Offset, r.Length)
 }
 
 // ErrNoRange is what a registry that knows no ranges is found by.
@@ -180,28 +193,31 @@ var ErrNoRange = errors.New("the registry answers a range with the whole")
 
 // BlobPart is BlobRange, but for a registry that answers with the whole: then it is
 // ErrNoRange.
-func (c *Client) BlobPart(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller) (*BlobBody, error) {
-	return c.answerRange(ctx, repo, dgst, off, n, who, true)
+func (c *Client) BlobPart(ctx context.Context, repo Repository, dgst string, r ByteRange, who Caller) (*BlobBody, error) {
+	a, err := c.askBlob(ctx, Route{KindBlob, repo, dgst}, r, who)
+	if err != nil {
+		return nil, err
+	}
+	if a.status == http.StatusOK {
+		a.close()
+		return nil, ErrNoRange
+	}
+	return a.blob(r.Offset, r.Length)
 }
 
-// blob asks for n bytes, -1 for all there are.
-func (c *Client) blob(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller) (*BlobBody, error) {
-	return c.answerRange(ctx, repo, dgst, off, n, who, false)
-}
-
-// answerRange is blob; a part must be one.
-func (c *Client) answerRange(ctx context.Context, repo Repository, dgst string, off, n int64, who Caller, part bool) (*BlobBody, error) {
-	q := question{Route: Route{KindBlob, repo, dgst}, method: http.MethodGet, header: http.Header{}, who: who}
+// askBlob asks for a range of a blob, with a length of -1 for all from its offset on.
+func (c *Client) askBlob(ctx context.Context, route Route, r ByteRange, who Caller) (*answer, error) {
+	q := question{Route: route, method: http.MethodGet, header: http.Header{}, who: who}
 	switch {
-	case off < 0:
-		return nil, fmt.Errorf("offset %d of blob %s", off, dgst)
-	case n > 0:
-		q.header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+min(n, math.MaxInt64-off)-1))
-	case off > 0:
-		q.header.Set("Range", fmt.Sprintf("bytes=%d-", off))
+	case r.Offset < 0 || r.Length == 0 || r.Length < -1:
+		return nil, fmt.Errorf("range of %d bytes from %d on of blob %s", r.Length, r.Offset, route.Reference)
+	case r.Length > 0:
+		q.header.Set("Range", fmt.Sprintf("bytes=%d-%d", r.Offset, r.Offset+min(r.Length, math.MaxInt64-r.Offset)-1))
+	case r.Offset > 0:
+		q.header.Set("Range", fmt.Sprintf("bytes=%d-", r.Offset))
 	}
 	a, err := c.ask(ctx, q)
-	if r, ok := errors.AsType[*Refusal](err); ok && r.Status == http.StatusRequestedRangeNotSatisfiable && q.header.Get("Range") != "" {
+	if no, ok := errors.AsType[*Refusal](err); ok && no.Status == http.StatusRequestedRangeNotSatisfiable && q.header.Get("Range") != "" {
 		q.header.Del("Range") // some know only bounded ranges, some none
 		if a, _ = c.ask(ctx, q); a == nil {
 			return nil, err
@@ -210,25 +226,21 @@ func (c *Client) answerRange(ctx context.Context, repo Repository, dgst string, 
 		return nil, err
 	}
 	a.body.count = c.bytes.WithLabelValues(KindBlob.String())
-	if part && a.status == http.StatusOK {
-		a.close()
-		return nil, ErrNoRange
-	}
-	b, err := a.blob(off, n)
-	if err != nil {
-		a.close()
-		return nil, err
-	}
-	return b, nil
+	return a, nil
 }
 
 // blob makes the answer to a request for n bytes from off on, -1 for all there
-// are, exactly those bytes.
-func (a *answer) blob(off, n int64) (*BlobBody, error) {
+// are, exactly those bytes. With an error it is closed.
+func (a *answer) blob(off, n int64) (b *BlobBody, err error) {
+	defer func() {
+		if err != nil {
+			a.close()
+		}
+	}()
 	if err := a.want(http.StatusOK, http.StatusPartialContent); err != nil {
 		return nil, err
 	}
-	b := &BlobBody{ReadCloser: a.body, Length: a.length}
+	b = &BlobBody{ReadCloser: a.body, Length: a.length}
 	left := a.length // -1 if not known
 	if a.status == http.StatusPartialContent {
 		r, size, ok := parseContentRange(a.header.Get("Content-Range"))

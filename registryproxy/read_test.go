@@ -124,7 +124,7 @@ func readEverything(t *testing.T, c *testClient, repo Repository, blob, manifest
 		if r.Length < 0 {
 			b, err = c.Blob(ctx, repo, dgst, r.Offset, who)
 		} else {
-			b, err = c.BlobRange(ctx, repo, dgst, r.Offset, r.Length, who)
+			b, err = c.BlobRange(ctx, repo, dgst, r, who)
 			end = min(end, r.Offset+r.Length)
 		}
 		require.NoError(t, err, r)
@@ -193,7 +193,7 @@ func TestUncheckedArguments(t *testing.T) {
 	require.ErrorAs(t, err, new(*Error))
 	_, err = c.Blob(t.Context(), repo, sha256a, -1, Caller{})
 	require.Error(t, err)
-	_, err = c.BlobRange(t.Context(), repo, sha256a, 0, 0, Caller{})
+	_, err = c.BlobRange(t.Context(), repo, sha256a, ByteRange{}, Caller{})
 	require.Error(t, err)
 	err = c.forward(t.Context(), http.MethodDelete, Route{KindTags, repo, ""}, nil, nil)
 	require.ErrorAs(t, err, new(*Error))
@@ -385,7 +385,7 @@ func TestRangesOfABlob(t *testing.T) {
 				if tt.n == 0 {
 					b, err = c.Blob(t.Context(), repo, sha256a, tt.off, Caller{})
 				} else {
-					b, err = c.BlobRange(t.Context(), repo, sha256a, tt.off, tt.n, Caller{})
+					b, err = c.BlobRange(t.Context(), repo, sha256a, ByteRange{tt.off, tt.n}, Caller{})
 				}
 				var got []byte
 				if err == nil {

@@ -287,7 +287,7 @@ func (n *Supernode) continueBlob(ctx context.Context, w io.Writer, route registr
 	if span.Length == 0 {
 		return nil
 	}
-	b, err := n.client.BlobRange(ctx, route.Repo, route.Reference, span.Offset, span.Length, who)
+	b, err := n.client.BlobRange(ctx, route.Repo, route.Reference, span, who)
 	if err != nil {
 		return err
 	}

@@ -99,7 +99,7 @@ func (s *registrySource) open(ctx context.Context, off, length int64) (*body, er
 		var b *registryproxy.BlobBody
 		var err error
 		if off > 0 && off < length { // some registries know bounded ranges alone
-			b, err = s.client.BlobRange(ctx, s.repo, s.digest, off, length-off, s.who)
+			b, err = s.client.BlobRange(ctx, s.repo, s.digest, registryproxy.ByteRange{Offset: off, Length: length - off}, s.who)
 		} else {
 			b, err = s.client.Blob(ctx, s.repo, s.digest, off, s.who)
 		}
@@ -120,7 +120,7 @@ func (s *registrySource) open(ctx context.Context, off, length int64) (*body, er
 }
 
 func (s *registrySource) part(ctx context.Context, off, end int64) (*body, error) {
-	b, err := s.client.BlobPart(ctx, s.repo, s.digest, off, end-off, s.who)
+	b, err := s.client.BlobPart(ctx, s.repo, s.digest, registryproxy.ByteRange{Offset: off, Length: end - off}, s.who)
 	if errors.Is(err, registryproxy.ErrNoRange) {
 		return nil, errWhole
 	}
