@@ -45,44 +45,52 @@ func BenchmarkReceive(b *testing.B) {
 	}
 }
 
-// BenchmarkCopyRange sends over a TCP connection of loopback.
+// BenchmarkCopyRange sends over a TCP connection of loopback what is fresh, and
+// what is verified each time before it is sent.
 func BenchmarkCopyRange(b *testing.B) {
 	for _, n := range []int64{64 << 10, 1 << 20, 16 << 20} {
-		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			data, m := blob(91, 16<<20)
-			s := open(b, b.TempDir(), StoreConfig{})
-			put(b, s, m, data)
-			c := get(b, s, m.ID)
-			l, err := new(net.ListenConfig).Listen(b.Context(), "tcp", "127.0.0.1:0")
-			if err != nil {
-				b.Fatal(err)
-			}
-			done := make(chan error)
-			go func() {
-				conn, err := l.Accept()
-				if err == nil {
-					_, err = io.Copy(io.Discard, conn)
-				}
-				done <- err
-			}()
-			conn, err := new(net.Dialer).DialContext(b.Context(), "tcp", l.Addr().String())
-			if err != nil {
-				b.Fatal(err)
-			}
-			b.SetBytes(n)
-			b.ReportAllocs()
-			for b.Loop() {
-				if _, err := c.CopyRange(conn, 0, n); err != nil {
-					b.Fatal(err)
-				}
-			}
-			if err := conn.Close(); err != nil {
-				b.Fatal(err)
-			}
-			if err := <-done; err != nil {
-				b.Fatal(err)
-			}
-		})
+		b.Run(fmt.Sprint(n), func(b *testing.B) { benchmarkCopy(b, n, false) })
+		b.Run(fmt.Sprintf("%d/verified", n), func(b *testing.B) { benchmarkCopy(b, n, true) })
+	}
+}
+
+func benchmarkCopy(b *testing.B, n int64, verified bool) {
+	b.Helper()
+	data, m := blob(91, 16<<20)
+	s := open(b, b.TempDir(), StoreConfig{})
+	put(b, s, m, data)
+	c := get(b, s, m.ID)
+	l, err := new(net.ListenConfig).Listen(b.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		conn, err := l.Accept()
+		if err == nil {
+			_, err = io.Copy(io.Discard, conn)
+		}
+		done <- err
+	}()
+	conn, err := new(net.Dialer).DialContext(b.Context(), "tcp", l.Addr().String())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(n)
+	b.ReportAllocs()
+	for b.Loop() {
+		if verified {
+			c.doubt()
+		}
+		if _, err := c.CopyRange(conn, 0, n); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := conn.Close(); err != nil {
+		b.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		b.Fatal(err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 )
 
 // Put keeps b as all of a content of one piece that has been found right as a
@@ -16,6 +17,7 @@ func (c *Content) Put(b []byte) error {
 	if c.layout.Count() != 1 || int64(len(b)) != c.layout.Length {
 		return fmt.Errorf("%d bytes are not all of %s, or not in one piece", len(b), c.id)
 	}
+	defer c.store.deliver()
 	d := Sum(b)
 	if err := c.claim(0, d); err != nil {
 		return err
@@ -58,6 +60,9 @@ func (c *Content) keepOnly(b []byte, d Digest, complete bool) (bool, error) {
 		return false, err
 	}
 	c.arrived(0)
+	if f, err := c.file(&c.content, contentName); err == nil {
+		c.seen(f)
+	}
 	c.mu.Lock()
 	c.dirty = true
 	c.mu.Unlock()
@@ -68,16 +73,22 @@ func (c *Content) keepOnly(b []byte, d Digest, complete bool) (bool, error) {
 // in it where that is given. c.disk is held.
 func (c *Content) create(m Meta, only []byte, d Digest) error {
 	s := c.store
-	temp := s.tempName()
-	f, err := c.createIn(temp, m, only, d)
-	if err == nil {
-		err = c.createAs(temp, m)
-	}
-	if err != nil {
+	var f *os.File
+	err := s.retried(c.layout.Size(0), func() (err error) {
+		temp := s.tempName()
+		if f, err = c.createIn(temp, m, only, d); err == nil {
+			err = c.createAs(temp, m)
+		}
+		if err == nil {
+			return nil
+		}
 		if f != nil {
 			_ = f.Close()
 		}
-		_ = s.root.RemoveAll(temp) // swept by the next OpenStore at the latest
+		_ = s.removeAll(temp) // swept by the next OpenStore at the latest
+		return err
+	})
+	if err != nil {
 		return cmp.Or(c.ended(), err)
 	}
 	c.files.Lock()
@@ -97,10 +108,10 @@ func (c *Content) createAs(temp string, m Meta) error {
 	if err := c.ended(); err != nil {
 		return err
 	}
-	err := s.root.Rename(temp, c.dir)
+	err := s.rename(temp, c.dir)
 	if errors.Is(err, fs.ErrExist) { // the remains of one that could not be removed
-		if err = s.root.RemoveAll(c.dir); err == nil {
-			err = s.root.Rename(temp, c.dir)
+		if err = s.removeAll(c.dir); err == nil {
+			err = s.rename(temp, c.dir)
 		}
 	}
 	if err != nil {
@@ -119,27 +130,23 @@ func (c *Content) createAs(temp string, m Meta) error {
 // createIn makes all that belongs into the directory, of which it returns the
 // content, open.
 func (c *Content) createIn(temp string, m Meta, only []byte, d Digest) (*os.File, error) {
-	if err := c.store.root.Mkdir(temp, 0o700); err != nil {
+	s := c.store
+	if err := s.mkdir(temp); err != nil {
 		return nil, err
 	}
-	dir, err := c.store.root.OpenRoot(temp)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = dir.Close() }()
-	f, err := dir.OpenFile(contentName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := s.createFile(path.Join(temp, contentName))
 	if err != nil {
 		return nil, err
 	}
 	var entry []byte
 	if only != nil {
-		_, err = f.WriteAt(only, 0)
+		err = s.writeAt(f, only, 0)
 		entry = appendEntry(nil, entrySeed(c.id, c.layout), 0, false, d)
 	} else {
-		err = f.Truncate(c.layout.Length)
+		err = s.truncate(f, c.layout.Length)
 	}
 	if err == nil {
-		err = dir.WriteFile(recordName, entry, 0o600)
+		err = s.writeNew(path.Join(temp, recordName), entry)
 	}
 	if err != nil {
 		return f, err
@@ -149,7 +156,19 @@ func (c *Content) createIn(temp string, m Meta, only []byte, d Digest) (*os.File
 	// and whoever waits for its first byte should not wait for the disk.
 	b, err := json.Marshal(m)
 	if err == nil {
-		err = dir.WriteFile(metaName, b, 0o600)
+		err = s.writeNew(path.Join(temp, metaName), b)
 	}
 	return f, err
+}
+
+// writeNew writes b to a new file.
+func (s *Store) writeNew(name string, b []byte) error {
+	f, err := s.createFile(name)
+	if err != nil {
+		return err
+	}
+	if len(b) > 0 {
+		err = s.writeAt(f, b, 0)
+	}
+	return errors.Join(err, f.Close())
 }

@@ -49,6 +49,9 @@ func (s *Store) loadTask(id TaskID, trusted bool) error {
 	if now := time.Now(); t.lastUse.After(now) {
 		t.lastUse = now
 	}
+	if m.Window {
+		t.room = max(t.room, t.held())
+	}
 	s.mu.Lock()
 	s.addLocked(t)
 	s.mu.Unlock()
@@ -87,15 +90,15 @@ func (s *Store) readFile(name string) ([]byte, error) {
 // writeTemp writes b to a new file with a temporary name, and to the disk.
 func (s *Store) writeTemp(b []byte) (name string, err error) {
 	name = s.tempName()
-	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := s.createFile(name)
+	if err == nil {
+		if err = s.writeAt(f, b, 0); err == nil {
+			err = s.syncFile(f)
+		}
+		err = errors.Join(err, f.Close())
+	}
 	if err != nil {
-		return "", err
-	}
-	if _, err = f.Write(b); err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		_ = s.root.Remove(name)
+		_ = s.removeAll(name)
 		return "", err
 	}
 	return name, nil
@@ -108,11 +111,101 @@ func (s *Store) sync(names ...string) error {
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		if err := errors.Join(s.syncFile(f), f.Close()); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// op is one change on the disk, or one read to verify, before it is made.
+type op struct {
+	kind     opKind
+	name, to string   // below the store's directory; of a write and such those of the file are not told
+	file     *os.File // of a write, a truncate, a sync, a punch, a read
+	off, n   int64
+	b        []byte // of a write
+}
+
+type opKind int
+
+const (
+	opMkdir opKind = iota
+	opCreate
+	opRename
+	opRemove
+	opWrite
+	opTruncate
+	opPunch
+	opSync // of a file or a directory
+	opRead
+)
+
+// may asks whether an op is to be made.
+func (s *Store) may(o op) error {
+	if s.cfg.before == nil {
+		return nil
+	}
+	return s.cfg.before(&o)
+}
+
+// All changes on the disk but times are made by what follows.
+
+func (s *Store) mkdir(name string) error {
+	if err := s.may(op{kind: opMkdir, name: name}); err != nil {
+		return err
+	}
+	return s.root.Mkdir(name, 0o700)
+}
+
+func (s *Store) createFile(name string) (*os.File, error) {
+	if err := s.may(op{kind: opCreate, name: name}); err != nil {
+		return nil, err
+	}
+	return s.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+}
+
+func (s *Store) rename(from, to string) error {
+	if err := s.may(op{kind: opRename, name: from, to: to}); err != nil {
+		return err
+	}
+	return s.root.Rename(from, to)
+}
+
+func (s *Store) removeAll(name string) error {
+	if err := s.may(op{kind: opRemove, name: name}); err != nil {
+		return err
+	}
+	return s.root.RemoveAll(name)
+}
+
+func (s *Store) writeAt(f *os.File, b []byte, off int64) error {
+	if err := s.may(op{kind: opWrite, file: f, off: off, n: int64(len(b)), b: b}); err != nil {
+		return err
+	}
+	_, err := f.WriteAt(b, off)
+	return err
+}
+
+func (s *Store) truncate(f *os.File, n int64) error {
+	if err := s.may(op{kind: opTruncate, file: f, n: n}); err != nil {
+		return err
+	}
+	return f.Truncate(n)
+}
+
+func (s *Store) punch(f *os.File, off, n int64) error {
+	if err := s.may(op{kind: opPunch, file: f, off: off, n: n}); err != nil {
+		return err
+	}
+	return punch(f, off, n)
+}
+
+func (s *Store) syncFile(f *os.File) error {
+	if err := s.may(op{kind: opSync, file: f}); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 // buffer returns a buffer of n bytes, to be given back with free.

@@ -22,6 +22,7 @@ type Meta struct {
 	MediaType string   `json:"mediaType,omitempty"` // of a manifest, else empty
 	Public    []string `json:"public,omitempty"`    // "registry/repository" names under which anyone may read it
 	Origins   []string `json:"origins,omitempty"`   // who have themselves given these very bytes, as the owner of the store names them
+	Window    bool     `json:"window,omitempty"`    // there is room for a part of it only: pieces come and go
 	Complete  bool     `json:"complete,omitempty"`  // every piece present and the whole content's digest verified
 }
 

@@ -7,21 +7,24 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"syscall"
 )
 
 // CopyRange writes the n bytes from off on to w, and returns how many it wrote.
-// All pieces that hold them must be present (ErrMissing before the first byte).
-// More than a few KiB w is given as an *io.LimitedReader of an *os.File by
-// io.Copy, which is what net/http sends with sendfile.
+// It ends with ErrMissing at a piece that is not there, or turns out not to be
+// right; before the first byte when that is so already. More than a few KiB w is
+// given as an *io.LimitedReader of an *os.File by io.Copy, which is what net/http
+// sends with sendfile.
 func (c *Content) CopyRange(w io.Writer, off, n int64) (int64, error) {
 	if err := c.checkRange(off, n); err != nil {
 		return 0, err
 	}
-	for first, end := c.layout.Span(off, n); first < end; first++ {
-		if ok, err := c.verified(first); err != nil {
+	first, end := c.layout.Span(off, n)
+	for i := first; i < end; i++ {
+		if ok, err := c.verified(i); err != nil {
 			return 0, err
 		} else if !ok {
-			return 0, c.pieceError(first, ErrMissing)
+			return 0, c.pieceError(i, ErrMissing)
 		}
 	}
 	if n <= smallCopy {
@@ -32,7 +35,26 @@ func (c *Content) CopyRange(w io.Writer, off, n int64) (int64, error) {
 		return 0, fmt.Errorf("copy from %s: %w", c.id, err)
 	}
 	defer c.putBack(f)
-	return c.copyN(w, f, n)
+	var total int64
+	for total < n {
+		done, err := c.copySome(w, f, off+total, n-total)
+		if total += done; err != nil {
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+// copySome copies from f, which stands at off, as much of n bytes as is there and
+// fresh, at least some of the first piece.
+func (c *Content) copySome(w io.Writer, f *os.File, off, n int64) (int64, error) {
+	first, end := c.layout.Span(off, n)
+	pinned, err := c.pinFresh(f, first, end)
+	if err != nil {
+		return 0, err
+	}
+	defer c.unpin(first, pinned)
+	return c.copyN(w, f, min(n, c.layout.Offset(first+pinned)-off))
 }
 
 // maxSpare is how many open files a task keeps beside those in use.
@@ -51,7 +73,7 @@ func (c *Content) copySmall(w io.Writer, off, n int64) (int64, error) {
 	}
 	buf := c.store.buffer(n)
 	defer c.store.free(buf)
-	got, short := f.ReadAt(*buf, off)
+	got, short := c.readSmall(f, *buf, off)
 	if errors.Is(short, io.EOF) {
 		short = io.ErrUnexpectedEOF
 	}
@@ -65,11 +87,58 @@ func (c *Content) copySmall(w io.Writer, off, n int64) (int64, error) {
 	return int64(done), err
 }
 
+// readSmall reads from f what there is of b at off.
+func (c *Content) readSmall(f *os.File, b []byte, off int64) (done int, err error) {
+	for done < len(b) && err == nil {
+		var n int
+		n, err = c.readSome(f, b[done:], off+int64(done))
+		done += n
+	}
+	return done, err
+}
+
+// readSome reads from f as much of b at off as is there and fresh, at least some
+// of the first piece.
+func (c *Content) readSome(f *os.File, b []byte, off int64) (int, error) {
+	first, end := c.layout.Span(off, int64(len(b)))
+	pinned, err := c.pinFresh(f, first, end)
+	if err != nil {
+		return 0, err
+	}
+	defer c.unpin(first, pinned)
+	n, err := f.ReadAt(b[:min(int64(len(b)), c.layout.Offset(first+pinned)-off)], off)
+	if err != nil {
+		c.doubt()
+	}
+	return n, err
+}
+
+// pinFresh pins the pieces from first on, before end, that may be given away as
+// they are, and returns how many: at least one, which is verified for that where
+// need be, or ErrMissing.
+func (c *Content) pinFresh(f *os.File, first, end int) (int, error) {
+	c.seen(f)
+	n, err := c.freshRun(first, end-first)
+	if err == nil && n > 0 {
+		n = c.pin(first, first+n)
+	}
+	if err == nil && n == 0 {
+		err = ErrMissing
+	}
+	if err != nil {
+		return 0, c.pieceError(first, err)
+	}
+	return n, nil
+}
+
 // copyN copies n bytes from where f stands.
 func (c *Content) copyN(w io.Writer, f *os.File, n int64) (int64, error) {
 	done, err := io.Copy(w, &io.LimitedReader{R: f, N: n})
 	if err == nil && done < n {
 		err = io.ErrUnexpectedEOF
+	}
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.EIO) {
+		c.doubt() // the file may have been cut short, or not be readable
 	}
 	if err != nil {
 		return done, fmt.Errorf("copy from %s: %w", c.id, err)
@@ -192,10 +261,9 @@ func (r *Reader) Read(p []byte) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read %s: %w", r.c.id, err)
 	}
-	p = p[:min(int64(len(p)), n)]
-	done, err := f.ReadAt(p, r.off)
+	done, err := r.c.readSome(f, p[:min(int64(len(p)), n)], r.off)
 	r.off += int64(done)
-	if done == len(p) {
+	if err == nil {
 		return done, nil
 	}
 	if errors.Is(err, io.EOF) {
@@ -221,7 +289,7 @@ func (r *Reader) WriteTo(w io.Writer) (int64, error) {
 		if err != nil {
 			return total, err
 		}
-		done, err := r.c.copyN(w, f, n)
+		done, err := r.c.copySome(w, f, r.off, n)
 		r.off += done
 		total += done
 		if err != nil {

@@ -48,9 +48,16 @@ type StoreConfig struct {
 	// Quota is the most bytes of content kept, 0 for no bound. A task counts with
 	// its whole length from Create on.
 	Quota int64
-	// OnEvict, where set, is called with each task evicted to make room, without
-	// locks held, by the goroutine whose Create needed the room.
+	// KeepFree is how many bytes of the file system are left free, at most half of
+	// it: what is not in use is evicted for that, and nothing new begun; 0 for none.
+	KeepFree int64
+	// OnEvict, where set, is called with each task evicted to make room, and OnLost
+	// with pieces that were there and are no longer, since they were found wrong or
+	// dropped to make room: without locks held, by whoever found out or needed it.
 	OnEvict func(TaskID)
+	OnLost  func(TaskID, []int)
+
+	before func(*op) error // of tests: called before each change on the disk, which an error prevents
 }
 
 // Store keeps the contents of tasks in one directory on disk. Its methods may be
@@ -65,11 +72,12 @@ type Store struct {
 
 	// mu guards what follows, and which task's files the names on disk are: they
 	// change only while it is held. It is taken before a task's mu and after its disk.
-	mu      sync.Mutex
-	tasks   map[TaskID]*task
-	used    int64 // bytes reserved
-	evicted int
-	closed  bool
+	mu     sync.Mutex
+	tasks  map[TaskID]*task
+	used   int64 // bytes reserved
+	counts Usage // what has happened
+	lost   []loss
+	closed bool
 }
 
 // Held is a task in the store.
@@ -77,14 +85,6 @@ type Held struct {
 	Meta
 	Have    Set // the caller's own; after an unclean end with pieces that are yet to be verified
 	LastUse time.Time
-}
-
-// Usage is how full a store is.
-type Usage struct {
-	Reserved int64 // bytes, each task with its whole length
-	Quota    int64 // bytes, 0 for no bound
-	Tasks    int
-	Evicted  int // tasks evicted since the store was opened
 }
 
 // OpenStore opens the store in dir, which it makes when it is missing. Only one
@@ -133,7 +133,7 @@ func (s *Store) open(dir string) (err error) {
 		return err
 	}
 	s.mu.Lock()
-	trash, _, _ := s.makeRoomLocked(0)
+	trash, _ := s.makeRoomLocked(0)
 	s.mu.Unlock()
 	s.discard(trash)
 	return nil
@@ -152,7 +152,7 @@ func (s *Store) takeMarker() (trusted func(TaskID) bool, err error) {
 	if err == nil {
 		err = json.Unmarshal(b, &doubtful)
 	}
-	if err := errors.Join(s.root.RemoveAll(cleanName), s.sync(".")); err != nil {
+	if err := errors.Join(s.removeAll(cleanName), s.sync(".")); err != nil {
 		return nil, err
 	}
 	if err != nil { // a marker that cannot be read says nothing
@@ -179,7 +179,7 @@ func (s *Store) load(trusted func(TaskID) bool) error {
 			}
 		}
 		if isTask || strings.HasPrefix(e.Name(), tempPrefix) {
-			if err := s.root.RemoveAll(e.Name()); errors.Is(err, fs.ErrPermission) {
+			if err := s.removeAll(e.Name()); errors.Is(err, fs.ErrPermission) {
 				return err
 			}
 		}
@@ -230,7 +230,7 @@ func (s *Store) writeMarker(doubtful []TaskID) error {
 	if err != nil {
 		return fmt.Errorf("mark the clean end: %w", err)
 	}
-	if err := s.root.Rename(temp, cleanName); err != nil {
+	if err := s.rename(temp, cleanName); err != nil {
 		return fmt.Errorf("mark the clean end: %w", err)
 	}
 	return s.sync(".")
@@ -239,24 +239,25 @@ func (s *Store) writeMarker(doubtful []TaskID) error {
 // Create returns the content of the task m.ID, pinned: the existing one with all
 // its pieces where the layout is the same, else a new one without any, made from
 // m.ID, m.Layout, m.MediaType, m.Public and m.Origins. One with another layout is replaced
-// when nothing uses it; else the error is ErrInUse. Where the quota demands it,
-// the least recently used tasks without pins are evicted; ErrQuota when that is
-// not enough. ErrGone says that the task was removed meanwhile.
+// when nothing uses it; else the error is ErrInUse. Where the quota or the file
+// system demands it, the least recently used tasks without pins are evicted;
+// ErrQuota when that is not enough: then m.Window may help, see window.go. ErrGone
+// says that the task was removed meanwhile.
 func (s *Store) Create(m Meta) (*Content, error) {
 	m.Complete = false
 	if err := m.validate(); err != nil {
 		return nil, fmt.Errorf("create task: %w", err)
 	}
-	c, trash, evicted, err := s.create(m)
-	for _, id := range evicted {
-		if s.cfg.OnEvict != nil {
-			s.cfg.OnEvict(id)
-		}
-	}
+	c, trash, err := s.create(m)
 	s.discard(trash)
+	if err != nil && errors.Is(err, ErrQuota) && s.shrink() {
+		c, trash, err = s.create(m)
+		s.discard(trash)
+	}
 	if err == nil {
 		err = c.ready()
 	}
+	s.deliver()
 	if err != nil {
 		return nil, fmt.Errorf("create task %s: %w", m.ID, err)
 	}
@@ -264,34 +265,38 @@ func (s *Store) Create(m Meta) (*Content, error) {
 }
 
 // create finds the task for m or puts a new one into the map, pinned.
-func (s *Store) create(m Meta) (c *Content, trash []string, evicted []TaskID, err error) {
+func (s *Store) create(m Meta) (c *Content, trash []string, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return nil, nil, nil, ErrClosed
+		return nil, nil, ErrClosed
 	}
 	t := s.tasks[m.ID]
 	if t != nil && t.layout == m.Layout {
-		return s.pinLocked(t), nil, nil, nil
+		trash, err = s.wholeLocked(t, m.Window)
+		if err != nil {
+			return nil, trash, err
+		}
+		return s.pinLocked(t), trash, nil
 	}
 	if t != nil {
 		if t.pins > 0 {
-			return nil, nil, nil, ErrInUse
+			return nil, nil, ErrInUse
 		}
 		temp, err := s.dropLocked(t)
 		if err != nil {
-			return nil, nil, nil, err
+			return nil, nil, err
 		}
 		trash = append(trash, temp)
 	}
-	more, evicted, err := s.makeRoomLocked(m.Layout.Length)
+	t = newTask(s, m)
+	more, err := s.makeRoomLocked(t.room)
 	trash = append(trash, more...)
 	if err != nil {
-		return nil, trash, evicted, err
+		return nil, trash, err
 	}
-	t = newTask(s, m)
 	s.addLocked(t)
-	return s.pinLocked(t), trash, evicted, nil
+	return s.pinLocked(t), trash, nil
 }
 
 // Get returns the content of a task, pinned, or ErrNotFound.
@@ -355,82 +360,6 @@ func (s *Store) Tasks() []Held {
 	}
 	slices.SortFunc(held, func(a, b Held) int { return cmp.Compare(a.ID, b.ID) })
 	return held
-}
-
-// Usage tells how full the store is.
-func (s *Store) Usage() Usage {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return Usage{Reserved: s.used, Quota: s.cfg.Quota, Tasks: len(s.tasks), Evicted: s.evicted}
-}
-
-func (s *Store) addLocked(t *task) {
-	s.tasks[t.id] = t
-	s.used += t.layout.Length
-}
-
-// forgetLocked takes t out of the map; it stands for its id no more.
-func (s *Store) forgetLocked(t *task) {
-	delete(s.tasks, t.id)
-	s.used -= t.layout.Length
-	t.end(ErrGone)
-}
-
-// dropLocked takes t out of the store and returns the name below which its files
-// wait to be discarded, "" for none.
-func (s *Store) dropLocked(t *task) (temp string, err error) {
-	s.forgetLocked(t)
-	if !t.made {
-		return "", nil
-	}
-	temp = s.tempName()
-	if err := s.root.Rename(t.dir, temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err
-	}
-	return temp, nil
-}
-
-// makeRoomLocked evicts until n more bytes fit, nobody when that cannot be.
-func (s *Store) makeRoomLocked(n int64) (trash []string, evicted []TaskID, err error) {
-	over := s.used + n - s.cfg.Quota
-	if s.cfg.Quota <= 0 || over <= 0 {
-		return nil, nil, nil
-	}
-	var idle []*task
-	var free int64
-	for _, t := range s.tasks {
-		if t.pins == 0 {
-			idle = append(idle, t)
-			free += t.layout.Length
-		}
-	}
-	if free < over {
-		return nil, nil, fmt.Errorf("%w: %d bytes wanted, %d of %d in use", ErrQuota, n, s.used-free, s.cfg.Quota)
-	}
-	slices.SortFunc(idle, func(a, b *task) int { return a.lastUse.Compare(b.lastUse) })
-	for _, t := range idle {
-		if over <= 0 {
-			break
-		}
-		temp, err := s.dropLocked(t)
-		if err != nil {
-			return trash, evicted, fmt.Errorf("evict %s: %w", t.id, err)
-		}
-		over -= t.layout.Length
-		s.evicted++
-		trash, evicted = append(trash, temp), append(evicted, t.id)
-	}
-	return trash, evicted, nil
-}
-
-// discard removes what dropLocked left; what cannot be removed now is swept by
-// the next OpenStore.
-func (s *Store) discard(trash []string) {
-	for _, temp := range trash {
-		if temp != "" {
-			_ = s.root.RemoveAll(temp)
-		}
-	}
 }
 
 func (s *Store) tempName() string {

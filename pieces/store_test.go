@@ -407,7 +407,7 @@ func TestRemoveWhileMade(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir, StoreConfig{})
 	_, m := blob(33, 10)
-	c, _, _, err := s.create(m)
+	c, _, err := s.create(m)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,6 +21,7 @@ type task struct {
 
 	// Guarded by store.mu.
 	pins    int
+	room    int64      // bytes reserved
 	made    bool       // its directory exists; that of a single piece is made with the piece in it
 	lastUse time.Time  // in memory
 	stamped time.Time  // on disk
@@ -36,17 +37,28 @@ type task struct {
 	mu      sync.Mutex
 	meta    Meta
 	have    Set      // pieces recorded as present
-	good    Set      // those of them that are verified; only grows
+	good    Set      // those of them that are verified
+	fresh   Set      // those that were since freshFrom, and nobody else has written to the file
+	near    Set      // those that are not dropped to make room, there or not
 	digests []Digest // nil while t is not pinned, to save memory; a digest once known stays known
 	waiters map[int]chan struct{}
 	dirty   bool  // the content or the record is not synced
 	suspect bool  // the record on disk may be wrong about what is there
 	why     error // why gone is closed
+
+	freshFrom time.Time
+	stamp     stamp // of the content when it was last looked at, once it is all there
+	readings  []reading
 }
 
 func newTask(s *Store, m Meta) *task {
 	m.Public, m.Origins = slices.Clone(m.Public), slices.Clone(m.Origins)
+	room := m.Layout.Length
+	if m.Window {
+		room = Window(m.Layout)
+	}
 	return &task{
+		room: room, freshFrom: time.Now(), fresh: NewSet(m.Layout.Count()),
 		store: s, id: m.ID, layout: m.Layout, dir: taskDir(m.ID),
 		gone:    make(chan struct{}),
 		lastUse: time.Now(),
@@ -167,17 +179,21 @@ func (t *task) writeMeta(m Meta, durable bool) error {
 	if err != nil {
 		return err
 	}
-	temp, err := s.writeTemp(b)
+	var temp string
+	err = s.retried(int64(len(b)), func() (err error) {
+		temp, err = s.writeTemp(b)
+		return err
+	})
 	if err != nil {
 		return err
 	}
 	s.mu.Lock()
 	if err = t.ended(); err == nil {
-		err = s.root.Rename(temp, path.Join(t.dir, metaName))
+		err = s.rename(temp, path.Join(t.dir, metaName))
 	}
 	s.mu.Unlock()
 	if err != nil {
-		_ = s.root.Remove(temp)
+		_ = s.removeAll(temp)
 		return err
 	}
 	t.mu.Lock()

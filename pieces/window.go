@@ -1,0 +1,241 @@
+package pieces
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+)
+
+// Of a content that is larger than the room there is, a window is kept: pieces
+// come and go, and those that readers are about to need stay (Protect). It has the
+// room of some pieces set aside, takes what else is free, and gives that back when
+// another task wants it.
+const (
+	windowPieces = 8
+	windowBytes  = 16 << 20
+)
+
+// Window returns how many bytes a window of content with layout l has at least.
+func Window(l Layout) int64 { return min(l.Length, max(windowPieces*l.PieceSize, windowBytes)) }
+
+// reading is a run of pieces that are on their way to somebody: they are not
+// dropped.
+type reading struct{ first, end int }
+
+// IsWindow tells whether only a window of the content is kept.
+func (t *task) IsWindow() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.meta.Window
+}
+
+// held returns the bytes of the pieces that are there.
+func (t *task) held() int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := int64(t.have.Len()) * t.layout.PieceSize
+	if last := t.layout.Count() - 1; last >= 0 && t.have.Has(last) {
+		n -= t.layout.PieceSize - t.layout.Size(last)
+	}
+	return n
+}
+
+// Narrow makes the content one of which a window is kept, because the disk does
+// not take all of it.
+func (c *Content) Narrow() {
+	s := c.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.IsWindow() || c.ended() != nil {
+		return
+	}
+	room := max(Window(c.layout), c.held())
+	s.used += room - c.room
+	c.room = room
+	c.mu.Lock()
+	c.meta.Window = true
+	c.mu.Unlock()
+}
+
+// wholeLocked makes t, of which a window is kept, one that is kept whole, unless
+// that is all that is asked for. ErrQuota when there is no room.
+func (s *Store) wholeLocked(t *task, window bool) (trash []string, err error) {
+	if window || !t.IsWindow() {
+		return nil, nil
+	}
+	t.pins++ // not to make room for itself
+	trash, err = s.makeRoomLocked(t.layout.Length - t.room)
+	t.pins--
+	if err != nil {
+		return trash, err
+	}
+	s.used += t.layout.Length - t.room
+	t.room = t.layout.Length
+	t.mu.Lock()
+	t.meta.Window = false
+	t.mu.Unlock()
+	return trash, nil
+}
+
+// Protect names the pieces that readers are about to need: those are not dropped.
+// It replaces what was named before.
+func (c *Content) Protect(near Set) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.near = near
+}
+
+// keepInWindow is keep for a window.
+func (c *Content) keepInWindow(f *os.File, i int, b []byte, d Digest) error {
+	c.disk.Lock()
+	defer c.disk.Unlock()
+	if c.goodRun(i, 1) == 1 {
+		return nil
+	}
+	if n := c.reserve(int64(len(b))); n > 0 && !c.give(f, n) {
+		return fmt.Errorf("%w: all pieces of the window are about to be read", ErrQuota)
+	}
+	write := func() error { return c.store.writeAt(f, b, c.layout.Offset(i)) }
+	err := c.store.retried(int64(len(b)), write)
+	if isFull(err) && c.give(f, int64(len(b))) {
+		err = write()
+	}
+	if err != nil {
+		return err
+	}
+	return c.noteKept(f, i, d)
+}
+
+// reserve takes free room for n more bytes of a window, and returns how many are
+// missing.
+func (c *Content) reserve(n int64) int64 {
+	s := c.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	missing := c.held() + n - c.room
+	if missing <= 0 || s.shortLocked(missing).any() {
+		return max(0, missing)
+	}
+	s.used += missing
+	c.room += missing
+	return 0
+}
+
+// give drops pieces of a window until n bytes are free, and tells whether there
+// were enough. It takes those that nobody needs now at random: so hosts that have
+// little room keep different ones for each other. c.disk is held.
+func (c *Content) give(f *os.File, n int64) bool {
+	var dropped []int
+	low := n + c.held()/slackShare
+	for _, i := range rand.Perm(c.layout.Count()) { //nolint:gosec // no secret
+		if low <= 0 {
+			break
+		}
+		if !c.unlessNeeded(i) {
+			continue
+		}
+		size := c.layout.Size(i)
+		dropped = append(dropped, i)
+		// A record that still has it is right after a punch that did not happen, and
+		// found wrong after one that did.
+		if c.store.punch(f, c.layout.Offset(i), size) != nil || c.writeEntry(i, true, c.Digest(i)) != nil {
+			c.mu.Lock()
+			c.suspect = true
+			c.mu.Unlock()
+		}
+		n, low = n-size, low-size
+	}
+	if len(dropped) > 0 {
+		c.store.lose(c.id, dropped...)
+		c.store.count(func(u *Usage) { u.Dropped += len(dropped) })
+	}
+	return n <= 0
+}
+
+// unlessNeeded takes piece i out if it is there and nobody needs it now.
+func (c *Content) unlessNeeded(i int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.have.Has(i) || c.near.Has(i) {
+		return false
+	}
+	for _, r := range c.readings {
+		if r.first <= i && i < r.end {
+			return false
+		}
+	}
+	c.good.Remove(i)
+	c.fresh.Remove(i)
+	return c.have.Remove(i)
+}
+
+// pin keeps the pieces of a run that are there from being dropped until unpin,
+// and returns how many from first on those are.
+func (t *task) pin(first, end int) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.good.Run(first, end-first)
+	if n > 0 {
+		t.readings = append(t.readings, reading{first, first + n})
+	}
+	return n
+}
+
+func (t *task) unpin(first, n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.readings = without(t.readings, reading{first, first + n})
+}
+
+// without returns list without the first that is x; the order is not kept.
+func without(list []reading, x reading) []reading {
+	for i := range list {
+		if list[i] == x {
+			list[i] = list[len(list)-1]
+			return list[:len(list)-1]
+		}
+	}
+	return list
+}
+
+// shrink has windows that are in use give back the room they need not have, and
+// tells whether that was any.
+func (s *Store) shrink() bool {
+	s.mu.Lock()
+	var wide []*Content
+	for _, t := range s.tasks {
+		if t.pins > 0 && t.made && t.IsWindow() && t.room > Window(t.layout) {
+			wide = append(wide, s.lookLocked(t))
+		}
+	}
+	s.mu.Unlock()
+	any := false
+	for _, c := range wide {
+		any = c.shrink() || any
+		c.Release()
+	}
+	return any
+}
+
+func (c *Content) shrink() bool {
+	if c.ready() != nil {
+		return false
+	}
+	f, err := c.file(&c.content, contentName)
+	if err != nil {
+		return false
+	}
+	c.disk.Lock()
+	defer c.disk.Unlock()
+	c.give(f, c.held()-Window(c.layout))
+	s := c.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	less := c.room - max(Window(c.layout), c.held())
+	if less <= 0 || c.ended() != nil || !c.IsWindow() {
+		return false
+	}
+	s.used -= less
+	c.room -= less
+	return true
+}
