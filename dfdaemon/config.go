@@ -36,6 +36,12 @@ type Config struct {
 	// Quota is the most bytes of content kept, 0 for no bound. More means fewer
 	// pulls of the same content; it should hold a few images at the least.
 	Quota int64
+	// KeepFree is how much of the file system the store leaves free, at most half of
+	// it. More is kinder to what else is on the disk.
+	KeepFree int64
+	// ScrubRate is how many bytes a second of the store are looked at for rot, 0 for
+	// none. More finds it sooner.
+	ScrubRate int64
 	// Zone and Rack are where the host is; pieces come from near rather than far.
 	Zone, Rack string
 	// UpLanes and DownLanes are how many transfers run at once each way. Equal
@@ -68,13 +74,15 @@ func Default() Config {
 		MetricsListen: "127.0.0.1:65003",
 		Socket:        "/run/damselfly/dfdaemon.sock",
 		Quota:         20 << 30,
+		KeepFree:      5 << 30,
+		ScrubRate:     4 << 20,
 		UpLanes:       3,
 		DownLanes:     3,
 
 		RangeBackground: backgroundOff,
 		Proxy:           ProxyConfig{Rules: registryproxy.DefaultRules(), Ports: []int{80, 443}},
 		URLs:            URLConfig{Prefix: "/p2p/", Ignore: signatures},
-		Registries:      registryproxy.Config{Default: "docker.io"},
+		Registries:      registryproxy.Config{Default: "docker.io", AllowAddresses: registryproxy.PrivateNetworks()},
 	}
 }
 
@@ -106,6 +114,8 @@ func (c Config) Validate() error {
 	switch {
 	case c.Quota < 0:
 		return fmt.Errorf("quota %d is negative", c.Quota)
+	case c.KeepFree < 0 || c.ScrubRate < 0:
+		return fmt.Errorf("keep-free %d, scrub-rate %d: want 0 or more", c.KeepFree, c.ScrubRate)
 	case c.UpLanes < 1 || c.UpLanes > api.MaxLanes || c.DownLanes < 1 || c.DownLanes > api.MaxLanes:
 		return fmt.Errorf("up-lanes %d, down-lanes %d: want 1 to %d", c.UpLanes, c.DownLanes, api.MaxLanes)
 	case len(c.Zone) > 64 || len(c.Rack) > 64:

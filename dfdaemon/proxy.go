@@ -128,6 +128,9 @@ func newProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) (p *proxy, 
 	if p.rules, err = registryproxy.NewRules(cfg.Rules); err != nil {
 		return nil, err
 	}
+	for _, r := range cfg.Rules {
+		m.registry.Trust(r.To)
+	}
 	if cfg.CA != "" {
 		if p.authority, err = registryproxy.LoadAuthority(cfg.CA, cfg.CAKey); err != nil {
 			return nil, fmt.Errorf("proxy-ca: %w", err)
@@ -366,7 +369,9 @@ func (p *proxy) connect(c *gin.Context, r *http.Request) {
 		return
 	}
 	defer leave()
-	to, err := (&net.Dialer{Timeout: tunnelDial}).DialContext(ctx, "tcp", authority)
+	dialing, cancel := context.WithTimeout(ctx, tunnelDial)
+	to, err := p.mirror.registry.Dial(dialing, "tcp", authority)
+	cancel()
 	if err != nil {
 		p.refuseConnect(c, http.StatusBadGateway, err.Error())
 		return

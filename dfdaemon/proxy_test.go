@@ -44,6 +44,7 @@ type proxied struct {
 func newProxied(t *testing.T, c ProxyConfig, registries registryproxy.Config, roots *x509.CertPool, servers ...*httptest.Server) *proxied {
 	t.Helper()
 	cfg := testConfig(t)
+	registries.AllowAddresses = cfg.Registries.AllowAddresses
 	cfg.Registries = registries
 	rules := cfg.Proxy.Rules
 	cfg.Proxy = c

@@ -153,6 +153,9 @@ func (m *mirror) pull(w *reply, r *http.Request, u *url.URL) bool {
 // url answers with what a URL names. An error is one of which nothing has been
 // answered.
 func (m *mirror) url(w *reply, r *http.Request, request dfget.Request, asked http.Header) error {
+	if u, err := url.Parse(request.Origin.URL); err == nil {
+		request = request.Over(m.registry.TransportTo(u))
+	}
 	d := delivery{peer: m.peer, request: request, asked: asked, header: http.Header{"Content-Type": {octets}}, head: r.Method == http.MethodHead}
 	err := d.serve(r.Context(), w)
 	no, refused := errors.AsType[*dfget.RefusedError](err)

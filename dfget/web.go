@@ -67,6 +67,14 @@ func SignedURLRequest(raw string, ignore []string, header http.Header) (Request,
 	return r, err
 }
 
+// Over has the request's own origin asked over a transport.
+func (r Request) Over(t http.RoundTripper) Request {
+	if w, ok := r.Direct.(*web); ok {
+		w.client = &http.Client{CheckRedirect: redirect, Transport: t}
+	}
+	return r
+}
+
 // normalise gives URLs of one content one form, as far as that is certain.
 func normalise(u *url.URL) {
 	u.User, u.Fragment, u.RawFragment = nil, "", ""
@@ -146,14 +154,17 @@ func (w *web) open(ctx context.Context, cancel context.CancelCauseFunc, off int6
 			req.Header.Set("If-Range", w.version)
 		}
 	}
+	timer := time.AfterFunc(webTimeout, func() { cancel(errSilent) })
 	resp, err := w.client.Do(req) //nolint:bodyclose // webBody closes it
 	if err != nil {
+		timer.Stop()
+		err = causeOf(ctx, err)
 		if u, ok := errors.AsType[*url.Error](err); ok {
 			err = u.Err // without the URL, which may be signed
 		}
 		return nil, 0, err
 	}
-	timer := time.AfterFunc(webTimeout, func() { cancel(errSilent) })
+	timer.Reset(webTimeout)
 	body := &webBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, timer: timer}
 	size, err := w.accept(resp, body, off)
 	if err != nil {

@@ -61,7 +61,7 @@ func New(cfg Config, log *zap.Logger, reg prometheus.Registerer) (*Client, error
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	registries, err := newUpstreams(cfg, newTransport())
+	registries, err := newUpstreams(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -102,21 +102,17 @@ func New(cfg Config, log *zap.Logger, reg prometheus.Registerer) (*Client, error
 
 // newTransport speaks HTTP/1.1 only: a layer then has a connection and a
 // window of its own, and one that dies takes no other transfer with it.
-func newTransport() *http.Transport {
+func newTransport(r *reach, near bool, timeout time.Duration) *http.Transport {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	return &http.Transport{
-		Proxy: func(r *http.Request) (*url.URL, error) {
-			u, err := http.ProxyFromEnvironment(r)
-			if err != nil { // it would quote the proxy's password
-				return nil, errors.New("the proxy that the environment names is not a URL")
-			}
-			return u, nil
-		},
-		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		Proxy:               r.proxy(near),
+		DialContext:         r.dial(near, timeout),
 		MaxIdleConnsPerHost: 16,
 		IdleConnTimeout:     90 * time.Second,
-		Protocols:           &protocols,
+
+		MaxResponseHeaderBytes: 256 << 10,
+		Protocols:              &protocols,
 	}
 }
 
@@ -149,6 +145,9 @@ func (c *Client) ask(ctx context.Context, q question) (*answer, error) {
 		return nil, e
 	}
 	u := c.get(q.Repo.Registry)
+	if u.barred != nil {
+		return nil, &UpstreamError{q.Repo.Registry, false, u.barred}
+	}
 	last := len(u.endpoints) - 1
 	for _, e := range u.endpoints[:last] {
 		if q.who.Authorization != "" && !e.callers {
@@ -441,10 +440,12 @@ const maxRedirectBody = 4 << 10
 func redirect(from *url.URL, location string) (*url.URL, error) {
 	to, err := from.Parse(location)
 	switch {
-	case location == "" || err != nil || to.Host == "":
+	case location == "" || err != nil:
 		return nil, permanent("a redirect leads nowhere")
 	case to.Scheme != "https" && to.Scheme != from.Scheme:
-		return nil, permanent("a redirect leads from https to " + to.Scheme)
+		return nil, permanent(fmt.Sprintf("a redirect leads from %s to %.20s", from.Scheme, to.Scheme))
+	case to.Host == "":
+		return nil, permanent("a redirect leads nowhere")
 	}
 	to.User = nil
 	return to, nil
@@ -477,6 +478,9 @@ func (x *exchange) failed(err error) error {
 // isPassing tells what may be gone the next time from what will not.
 func isPassing(err error) bool {
 	if _, ok := errors.AsType[permanent](err); ok {
+		return false
+	}
+	if _, ok := errors.AsType[*ReachError](err); ok {
 		return false
 	}
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {

@@ -18,6 +18,15 @@ type Config struct {
 	// Default is the registry of a request that names none, "" for none.
 	Default string
 
+	// Allow lists the hosts that are asked though Upstreams does not name them: exact,
+	// *.corp, or * for all at public addresses. What is listed otherwise than by * is
+	// asked in private networks, too, and may lead there. Empty stands for *.
+	Allow Hosts
+	// AllowAddresses are asked though they are not public. This machine's own and
+	// those where clouds keep secrets must be named one by one; of loopback
+	// 127.0.0.0/8 will do. Upstreams are asked wherever they are.
+	AllowAddresses Networks
+
 	// StallTimeout is how long a body may give no byte before its request
 	// fails; 0 stands for 4 s: with more, hosts may turn to the registry before
 	// its supernode does so again. Raise it for registries that pause.
@@ -120,6 +129,12 @@ func (c Config) Validate() error {
 	}
 	if _, ok := canonicalRegistry(c.Default); !ok && c.Default != "" {
 		return fmt.Errorf("default registry %q is not a host or host:port", c.Default)
+	}
+	if err := c.Allow.Validate(); err != nil {
+		return fmt.Errorf("allow: %w", err)
+	}
+	if _, err := c.AllowAddresses.parse(); err != nil {
+		return fmt.Errorf("allow-address: %w", err)
 	}
 	if c.StallTimeout < 0 {
 		return fmt.Errorf("stall timeout %v is negative", c.StallTimeout)

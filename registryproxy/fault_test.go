@@ -346,7 +346,7 @@ func TestTLS(t *testing.T) {
 	require.ErrorContains(t, err, "registry reg.test: tls: failed to verify certificate")
 	require.False(t, IsTemporary(err))
 
-	c.transport.(*http.Transport).TLSClientConfig = server.Client().Transport.(*http.Transport).TLSClientConfig
+	c.near.TLSClientConfig = server.Client().Transport.(*http.Transport).TLSClientConfig
 	m, err := c.Manifest(t.Context(), false, public, "latest", nil, Caller{})
 	require.NoError(t, err)
 	require.Equal(t, "{}", string(m.Body))

@@ -68,8 +68,9 @@ func (n *network) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 // client returns a client on this network.
 func (n *network) client(cfg Config) *testClient {
 	c := newTestClient(n.t, cfg)
-	transport := c.transport.(*http.Transport)
-	transport.DialContext, transport.DialTLSContext = n.dial, n.dial
+	for _, t := range []*http.Transport{c.near, c.far} {
+		t.DialContext, t.DialTLSContext = n.dial, n.dial
+	}
 	return c
 }
 
@@ -84,7 +85,7 @@ func newTestClient(t *testing.T, cfg Config) *testClient {
 	core, logs := observer.New(zap.DebugLevel)
 	c, err := New(cfg, zap.New(core), prometheus.NewRegistry())
 	require.NoError(t, err)
-	t.Cleanup(c.transport.(*http.Transport).CloseIdleConnections)
+	t.Cleanup(func() { c.near.CloseIdleConnections(); c.far.CloseIdleConnections() })
 	return &testClient{c, logs}
 }
 

@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -28,6 +27,7 @@ const (
 type upstream struct {
 	endpoints []*endpoint // the mirrors in order, last the registry itself
 	shared    bool        // who has no credentials reads with configured ones
+	barred    error       // why it is not asked
 
 	away time.Duration // for how long a reader stays one while it cannot be asked
 }
@@ -60,18 +60,25 @@ func (e *endpoint) transportTo(u *url.URL) http.RoundTripper {
 // upstreams are the registries: those of the configuration, and others as they
 // are asked for.
 type upstreams struct {
-	transport http.RoundTripper // for whom nothing special is said
+	reach *reach
+	// The transports for whom nothing special is said: near is for what is trusted
+	// to lead into private networks, and reaches whom the configuration names.
+	near, far *http.Transport
 	named     map[string]*upstream
 
 	mu      sync.Mutex // guards unnamed
 	unnamed map[string]*upstream
 }
 
-func newUpstreams(cfg Config, transport *http.Transport) (*upstreams, error) {
-	s := &upstreams{transport: transport, named: map[string]*upstream{}, unnamed: map[string]*upstream{}}
+func newUpstreams(cfg Config) (*upstreams, error) {
+	r := newReach(cfg)
+	s := &upstreams{
+		reach: r, near: newTransport(r, true, dialTimeout), far: newTransport(r, false, dialTimeout),
+		named: map[string]*upstream{}, unnamed: map[string]*upstream{},
+	}
 	for _, u := range cfg.Upstreams {
 		name, _ := canonicalRegistry(u.Name) // Validate has seen it
-		up, err := s.build(name, u)
+		up, err := s.build(name, u, s.near)
 		if err != nil {
 			return nil, fmt.Errorf("registry %q: %w", u.Name, err)
 		}
@@ -96,15 +103,21 @@ func (s *upstreams) get(registry string) *upstream {
 		}
 		delete(s.unnamed, old)
 	}
-	u, _ := s.build(registry, Upstream{Name: registry}) // it has no file that could fail
+	transport := s.far
+	near, barred := s.reach.name((&url.URL{Host: registry}).Hostname(), registryHost(registry))
+	if near {
+		transport = s.near
+	}
+	u, _ := s.build(registry, Upstream{Name: registry}, transport) // it has no file that could fail
+	u.barred = barred
 	s.unnamed[registry] = u
 	return u
 }
 
-func (s *upstreams) build(name string, u Upstream) (*upstream, error) {
+func (s *upstreams) build(name string, u Upstream, t *http.Transport) (*upstream, error) {
 	up := &upstream{shared: u.Readers == ReadersRegion, away: u.ReadersWhenAway}
 	for i, m := range u.Mirrors {
-		e, err := s.endpoint(u, m, "")
+		e, err := s.endpoint(u, m, "", t)
 		if err != nil {
 			return nil, fmt.Errorf("mirrors[%d].%w", i, err)
 		}
@@ -117,7 +130,7 @@ func (s *upstreams) build(name string, u Upstream) (*upstream, error) {
 	if m.URL == "" {
 		m.URL = "https://" + registryHost(name)
 	}
-	e, err := s.endpoint(u, m, name)
+	e, err := s.endpoint(u, m, name, t)
 	if err != nil {
 		return nil, err
 	}
@@ -137,13 +150,13 @@ func registryHost(name string) string {
 
 // endpoint makes what is the same for a registry and a mirror. Its credentials are
 // those of the name, or with "" of the host that is asked.
-func (s *upstreams) endpoint(u Upstream, m Mirror, name string) (*endpoint, error) {
+func (s *upstreams) endpoint(u Upstream, m Mirror, name string, t *http.Transport) (*endpoint, error) {
 	base, err := parseBase(m.URL)
 	if err != nil {
 		return nil, fmt.Errorf("url: %w", err)
 	}
 	e := &endpoint{
-		name: hostPort(base), base: base, callers: m.CallerCredentials, own: s.transport, others: s.transport,
+		name: hostPort(base), base: base, callers: m.CallerCredentials, own: t, others: t,
 		tokens: newTokens(), retries: defaultRetries, unhealthy: newMemo[string, struct{}](maxUnhealthy, time.Now),
 	}
 	if e.logins, err = newLogins(cmp.Or(name, e.name), m.Credentials); err != nil {
@@ -155,10 +168,7 @@ func (s *upstreams) endpoint(u Upstream, m Mirror, name string) (*endpoint, erro
 	if m.TLS == (TLS{}) && u.ConnectTimeout == 0 {
 		return e, nil
 	}
-	own := newTransport()
-	if u.ConnectTimeout > 0 {
-		own.DialContext = (&net.Dialer{Timeout: u.ConnectTimeout}).DialContext
-	}
+	own := newTransport(s.reach, true, cmp.Or(u.ConnectTimeout, dialTimeout))
 	if own.TLSClientConfig, err = m.TLS.config(); err != nil {
 		return nil, err
 	}
@@ -215,18 +225,6 @@ func (t TLS) config() (*tls.Config, error) {
 		return nil, err
 	}
 	return cfg, nil
-}
-
-// TransportTo returns what reaches a URL's host, with the authorities that are
-// configured for the registry there; it shows no certificate.
-func (c *Client) TransportTo(u *url.URL) http.RoundTripper {
-	for _, up := range c.named {
-		e := up.endpoints[len(up.endpoints)-1]
-		if u.Scheme == e.base.Scheme && strings.EqualFold(u.Host, e.base.Host) {
-			return e.others
-		}
-	}
-	return c.transport
 }
 
 // Reaches tells whether the registry that u names is asked as safely as by u

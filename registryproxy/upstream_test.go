@@ -103,7 +103,10 @@ func TestOwnCertificates(t *testing.T) {
 	_, err = newTestClient(t, Config{Upstreams: []Upstream{{Name: "reg.test", URL: s.URL, TLS: TLS{CA: ca}}}}).HeadBlob(t.Context(), public, digestOf("blob"), Caller{alice})
 	require.Equal(t, 403, refusalOf(t, err).Status)
 
-	c := newTestClient(t, Config{Upstreams: []Upstream{{Name: "reg.test", URL: s.URL, TLS: TLS{CA: ca, ClientCert: cert, ClientKey: key}}}})
+	c := newTestClient(t, Config{
+		Upstreams:      []Upstream{{Name: "reg.test", URL: s.URL, TLS: TLS{CA: ca, ClientCert: cert, ClientKey: key}}},
+		AllowAddresses: []string{"127.0.0.1"},
+	})
 	read := func() {
 		t.Helper()
 		_, err := c.Manifest(t.Context(), false, public, "latest", nil, Caller{alice})

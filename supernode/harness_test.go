@@ -131,7 +131,7 @@ func start(t *testing.T, h *hub, dir string, edit func(*Config)) *testRegion {
 	cfg := Default()
 	cfg.DataDir = dir
 	cfg.TagFreshness = time.Hour
-	cfg.Registries = registryproxy.Config{StallTimeout: 500 * time.Millisecond}
+	cfg.Registries = registryproxy.Config{StallTimeout: 500 * time.Millisecond, AllowAddresses: []string{"127.0.0.0/8"}}
 	if h != nil {
 		cfg.Registries.Upstreams = []registryproxy.Upstream{{Name: "hub.test", URL: h.URL}}
 	}

@@ -36,15 +36,16 @@ type follower interface {
 // origin brings contents from where they come from into the store, each once
 // however many ask.
 type origin struct {
-	ctx     context.Context // of all fetches
-	store   *pieces.Store
-	root    *os.Root
-	quota   int64
-	told    follower
-	metrics *metrics
-	log     *zap.Logger
-	slots   chan struct{}
-	wg      sync.WaitGroup // of the fetches
+	ctx      context.Context // of all fetches
+	store    *pieces.Store
+	root     *os.Root
+	quota    int64
+	spooling atomic.Int64 // bytes of contents whose length nobody tells
+	told     follower
+	metrics  *metrics
+	log      *zap.Logger
+	slots    chan struct{}
+	wg       sync.WaitGroup // of the fetches
 
 	// drops counts the contents that have been dropped, before they are: who got
 	// a content and then finds another count may hold one that is dropped.

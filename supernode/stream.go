@@ -9,6 +9,8 @@ import (
 	"os"
 	"path"
 	"strconv"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"damselfly.dev/pieces"
@@ -170,22 +172,64 @@ func (s *stream) spool() error {
 		return fmt.Errorf("spool: %w", err)
 	}
 	_ = s.root.Remove(name) // it goes with the last use of f; else the next start removes it
-	limit := int64(pieces.MaxLength)
-	if s.quota > 0 {
-		limit = min(limit, s.quota)
+	file := &spooled{File: f, all: &s.spooling}
+	for err == nil {
+		if err = s.mayUse(file); err == nil {
+			var n int64
+			n, err = io.CopyN(f, s, spoolStep)
+			file.add(n)
+		}
 	}
-	n, err := io.Copy(f, io.LimitReader(s, limit+1))
-	if err == nil && n > limit {
-		err = pieces.ErrQuota
-	}
-	if err == nil {
+	if errors.Is(err, io.EOF) {
 		_, err = f.Seek(0, io.SeekStart)
 	}
 	if err != nil {
-		_ = f.Close()
+		_ = file.Close()
 		return fmt.Errorf("spool: %w", err)
 	}
 	s.close()
-	s.body, s.off, s.length, s.counted = f, 0, n, true
+	s.body, s.off, s.length, s.counted = file, 0, file.size, true
+	return nil
+}
+
+const (
+	spoolStep = 4 << 20
+	maxSpool  = 32 << 30 // bytes of a content whose length nobody tells
+)
+
+// spooled is a file that counts among what all such hold.
+type spooled struct {
+	*os.File
+	size int64
+	all  *atomic.Int64
+}
+
+func (f *spooled) add(n int64) {
+	f.size += n
+	f.all.Add(n)
+}
+
+// Close gives the disk back what the file takes.
+func (f *spooled) Close() error {
+	f.all.Add(-f.size)
+	f.size = 0
+	return f.File.Close()
+}
+
+// mayUse tells whether there may be more of a content without a length: less than
+// the quota, and in all no more than half of what the disk has free.
+func (o *origin) mayUse(f *spooled) error {
+	limit := int64(maxSpool)
+	if o.quota > 0 {
+		limit = min(limit, o.quota)
+	}
+	var disk syscall.Statfs_t
+	if err := syscall.Fstatfs(int(f.Fd()), &disk); err != nil {
+		return err
+	}
+	free := int64(disk.Bavail) * int64(disk.Bsize) //nolint:unconvert // other systems have other types
+	if all := o.spooling.Load() + spoolStep; f.size >= limit || all > free {
+		return pieces.ErrQuota
+	}
 	return nil
 }

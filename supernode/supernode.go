@@ -63,11 +63,15 @@ func New(cfg Config, log *zap.Logger, reg Registry) (*Supernode, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	store, err := pieces.OpenStore(filepath.Join(cfg.DataDir, "store"), pieces.StoreConfig{Quota: cfg.Quota})
+	n := &Supernode{cfg: cfg, log: log}
+	var err error
+	n.store, err = pieces.OpenStore(filepath.Join(cfg.DataDir, "store"), pieces.StoreConfig{
+		Quota: cfg.Quota, KeepFree: cfg.KeepFree,
+		OnLost: func(id pieces.TaskID, lost []int) { n.region.lost(id, lost...) },
+	})
 	if err != nil {
 		return nil, err
 	}
-	n := &Supernode{cfg: cfg, log: log, store: store}
 	n.ctx, n.stop = context.WithCancelCause(context.Background())
 	if err := n.open(reg); err != nil {
 		return nil, errors.Join(err, n.close())
@@ -112,7 +116,7 @@ func (n *Supernode) open(reg Registry) (err error) {
 	if stall == 0 {
 		stall = stallTimeout
 	}
-	n.web = newWeb(stall, n.cfg.TagFreshness, versions, n.log)
+	n.web = newWeb(client, stall, n.cfg.TagFreshness, versions, n.log)
 	n.uploads = make(chan struct{}, 3*n.cfg.UpLanes) // what runs, what is next, and what lags
 	n.region = newRegion(n.cfg, n.log, n.metrics)
 	n.origin = n.newOrigin()

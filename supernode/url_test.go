@@ -253,21 +253,41 @@ func TestCallersHeaderStaysWithItsHost(t *testing.T) {
 	require.Equal(t, hexOf(b), hexOf(host.content(string(pieces.URLTaskID(u)))))
 }
 
-// Hosts learn nothing of what clouds tell the supernode's machine alone.
-func TestLinkLocalAddressesAreNotAsked(t *testing.T) {
-	r := start(t, nil, t.TempDir(), nil)
-	h := dial(t, r, "one")
-	for i, to := range []string{"169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"} {
-		u := "http://" + to + "/latest/meta-data"
-		if i == 2 {
-			moved := httptest.NewServer(http.RedirectHandler(u, http.StatusFound))
-			t.Cleanup(moved.Close)
-			u = moved.URL + "/"
-		}
-		_, no := h.join(string(pieces.URLTaskID(u)), api.Origin{URL: u})
-		require.NotNil(t, no)
+// Hosts learn nothing of what the supernode's machine alone may ask, by whichever
+// name or redirect.
+func TestWhatIsNotAskedForHosts(t *testing.T) {
+	open := start(t, nil, t.TempDir(), nil)
+	shut := start(t, nil, t.TempDir(), func(c *Config) {
+		c.Registries.AllowAddresses = nil
+		c.Registries.Allow = []string{"*", "near.test"}
+	})
+	moved := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Location", r.URL.Query().Get("to"))
+		w.WriteHeader(http.StatusFound)
+	}))
+	t.Cleanup(moved.Close)
+	for _, c := range []struct {
+		r       *testRegion
+		url, no string
+	}{
+		{open, "http://169.254.169.254/latest/meta-data", "secrets"},
+		{open, "http://169.254.1.1/", "link-local"},
+		{open, "http://[fe80::1]/", "link-local"},
+		{open, "http://[::1]/", "this machine"},
+		{open, moved.URL + "/?to=http://[::ffff:169.254.169.254]/latest", "secrets"},
+		{open, moved.URL + "/?to=http://10.1.2.3/", "private network"},
+		{open, moved.URL + "/?to=file:///etc/passwd", "from http to file"},
+		{shut, moved.URL, "this machine"},
+		{shut, "http://localhost:1/", "this machine"},
+		{shut, "http://10.1.2.3/", "private network"},
+		{shut, "http://[64:ff9b::a01:203]/", "private network"},
+		{shut, "http://[2002:a9fe:a9fe::1]/", "secrets"},
+		{shut, "http://0.0.0.0:80/", "no host's"},
+	} {
+		_, no := dial(t, c.r, "one").join(string(pieces.URLTaskID(c.url)), api.Origin{URL: c.url})
+		require.NotNil(t, no, c.url)
 		require.False(t, no.Final)
-		require.Contains(t, no.Reason, "link-local", to)
+		require.Contains(t, no.Reason, c.no, c.url)
 	}
 }
 

@@ -8,16 +8,13 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
-	"net/netip"
 	"net/textproto"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -28,7 +25,7 @@ import (
 )
 
 const (
-	urlTimeout   = 10 * time.Second // for an answer's header
+	urlTimeout   = 10 * time.Second // for an answer's header, redirects included
 	maxRedirects = 10
 	maxRefusal   = 64 << 10 // bytes kept of a refusal's body
 	maxURLHeader = 64 << 10 // bytes of a caller's header
@@ -38,7 +35,7 @@ const (
 
 // web reads plain URLs.
 type web struct {
-	client *http.Client
+	client *registryproxy.Client
 	stall  time.Duration
 	fresh  time.Duration // how long a URL's content is not checked again
 	seen   *notes
@@ -52,35 +49,8 @@ type web struct {
 // without a digest stands for is told apart by note.Checked, when it was brought.
 type proved struct{ at, content time.Time }
 
-func newWeb(stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
-	var protocols http.Protocols
-	protocols.SetHTTP1(true)
-	return &web{
-		client: &http.Client{
-			CheckRedirect: redirect,
-			Transport: &http.Transport{
-				Proxy:                 http.ProxyFromEnvironment,
-				DialContext:           (&net.Dialer{Timeout: 3 * time.Second, Control: notLinkLocal}).DialContext,
-				TLSHandshakeTimeout:   urlTimeout,
-				ResponseHeaderTimeout: urlTimeout,
-				MaxIdleConnsPerHost:   16,
-				IdleConnTimeout:       90 * time.Second,
-				DisableCompression:    true,
-				Protocols:             &protocols,
-			},
-		},
-		stall: stall, fresh: fresh, seen: seen, log: log,
-		proofs: map[proof]proved{},
-	}
-}
-
-// notLinkLocal keeps hosts from what only this one may ask: clouds tell a machine's
-// own credentials at such addresses, and nothing is distributed from there.
-func notLinkLocal(_, address string, _ syscall.RawConn) error {
-	if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().Unmap().IsLinkLocalUnicast() {
-		return errors.New("link-local addresses are asked by nobody but the host itself")
-	}
-	return nil
+func newWeb(client *registryproxy.Client, stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
+	return &web{client: client, stall: stall, fresh: fresh, seen: seen, log: log, proofs: map[proof]proved{}}
 }
 
 // redirect keeps the caller's header with the host it is for.
@@ -90,7 +60,7 @@ func redirect(to *http.Request, via []*http.Request) error {
 	case len(via) > maxRedirects:
 		return errors.New("there are too many redirects")
 	case to.URL.Scheme != "https" && to.URL.Scheme != from.Scheme:
-		return errors.New("a redirect leads from https to " + to.URL.Scheme)
+		return errors.New("a redirect leads from " + from.Scheme + " to " + to.URL.Scheme)
 	case to.URL.Host != via[0].URL.Host || to.URL.Scheme != via[0].URL.Scheme:
 		kept := http.Header{}
 		for _, k := range []string{"Range", "Accept-Encoding"} {
@@ -295,7 +265,10 @@ func (s *urlSource) ask(ctx context.Context, method, span string) (*body, error)
 	if span != "" {
 		req.Header.Set("Range", span)
 	}
-	resp, err := s.client.Do(req) //nolint:bodyclose // watched closes it
+	late := time.AfterFunc(urlTimeout, func() { cancel(errStalled) })
+	client := &http.Client{Transport: s.client.TransportTo(s.url), CheckRedirect: redirect}
+	resp, err := client.Do(req) //nolint:bodyclose // watched closes it
+	late.Stop()
 	if err != nil {
 		cancel(nil)
 		if ctx.Err() != nil {
@@ -303,6 +276,9 @@ func (s *urlSource) ask(ctx context.Context, method, span string) (*body, error)
 		}
 		if u, ok := errors.AsType[*url.Error](err); ok {
 			err = u.Err // without the URL, which may be signed
+		}
+		if _, barred := errors.AsType[*registryproxy.ReachError](err); barred {
+			return nil, fmt.Errorf("ask %s: %w", s.url.Host, err)
 		}
 		return nil, passing{fmt.Errorf("ask %s: %w", s.url.Host, err)}
 	}

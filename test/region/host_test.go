@@ -83,7 +83,13 @@ func (n *node) value(t *testing.T, metric, label string) (sum float64) {
 }
 
 func registries(o *origin) registryproxy.Config {
-	return registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: o.URL}}}
+	return reachable(registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: o.URL}}})
+}
+
+// reachable has what tests serve asked, also where it is not configured.
+func reachable(c registryproxy.Config) registryproxy.Config {
+	c.AllowAddresses = []string{"127.0.0.0/8", "::1"}
+	return c
 }
 
 // startSupernode runs a supernode on address, "" for any.

@@ -312,7 +312,7 @@ func TestLogins(t *testing.T) {
 // the other.
 func (d *debian) pullAs(t *testing.T, from registryproxy.Upstream, host, repo string, want [3]int) {
 	t.Helper()
-	cfg := registryproxy.Config{Upstreams: []registryproxy.Upstream{from}}
+	cfg := reachable(registryproxy.Config{Upstreams: []registryproxy.Upstream{from}})
 	centre := startSupernodeFor(t, cfg, t.TempDir(), net.JoinHostPort(host, "0"))
 	logins := [3]engine{{d, user, password, ""}, {d, user, "wrong", ""}, {d, "", "", ""}}
 	for range 2 {

@@ -35,7 +35,7 @@ func TestPullsThroughTheForwardProxy(t *testing.T) {
 	require.NoError(t, err)
 	port, err := strconv.Atoi(at.Port())
 	require.NoError(t, err)
-	upstreams := registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: at.Host, URL: secure.URL, TLS: registryproxy.TLS{CA: ca}}}}
+	upstreams := reachable(registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: at.Host, URL: secure.URL, TLS: registryproxy.TLS{CA: ca}}}})
 
 	cert, key, err := registryproxy.CreateAuthority(registryproxy.Hosts{at.Hostname()})
 	require.NoError(t, err)

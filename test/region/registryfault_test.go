@@ -255,7 +255,7 @@ func troubleAtTheRegistry(t *testing.T, o *trouble) {
 	require.NoError(t, err)
 	want := digest.Digest(hash.String())
 
-	cfg := registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: o.URL}}}
+	cfg := reachable(registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: o.URL}}})
 	centre := startSupernodeFor(t, cfg, t.TempDir(), "")
 	hosts := []*node{startHostFor(t, cfg, centre, nil), startHostFor(t, cfg, centre, nil)}
 	o.mu.Lock()

@@ -25,6 +25,10 @@ func Flags(fs *pflag.FlagSet, cfg *registryproxy.Config) {
 		})
 	fs.StringVar(&cfg.Default, "default-registry", cfg.Default,
 		"the registry of a request that names none; empty: such a request is refused")
+	fs.StringSliceVar((*[]string)(&cfg.Allow), "allow", cfg.Allow,
+		"`host`s that are asked on behalf of others beside the registries named here, exact or *.corp, also in private networks; *: all that are public, and the default")
+	fs.StringSliceVar((*[]string)(&cfg.AllowAddresses), "allow-address", cfg.AllowAddresses,
+		"`network`s that are asked on behalf of others though they are not public, such as 10.0.0.0/8; may be repeated")
 }
 
 // registries is what both flags say, together in cfg.
