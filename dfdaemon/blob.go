@@ -38,6 +38,15 @@ func (b registryBlob) Open(ctx context.Context, off int64) (io.ReadCloser, int64
 	return body, body.Length, nil
 }
 
+// refusal is the registry's or the origin's own no, nil where err is none.
+func refusal(err error) *registryproxy.Refusal {
+	if no, ok := errors.AsType[*dfget.RefusedError](err); ok {
+		return &registryproxy.Refusal{Status: no.Status, Header: no.Header, Body: no.Body}
+	}
+	no, _ := errors.AsType[*registryproxy.Refusal](err)
+	return no
+}
+
 // blob streams a blob, or ranges of it, from the swarm.
 func (m *mirror) blob(w *reply, r *http.Request, route registryproxy.Route) error {
 	who := registryproxy.Caller{Authorization: r.Header.Get("Authorization")}

@@ -107,8 +107,7 @@ func ping(w http.ResponseWriter) error {
 // fail answers with an error where no answer has begun, and returns how the
 // request ended.
 func (m *mirror) fail(w *reply, r *http.Request, kind string, err error) (result string) {
-	refused, isRefused := errors.AsType[*dfget.RefusedError](err)
-	no, isNo := errors.AsType[*registryproxy.Refusal](err)
+	no := refusal(err)
 	ours, isOurs := errors.AsType[*registryproxy.Error](err)
 	switch {
 	case r.Context().Err() != nil || w.failed != nil: // engines read ahead and hang up
@@ -116,10 +115,7 @@ func (m *mirror) fail(w *reply, r *http.Request, kind string, err error) (result
 	case w.started():
 		m.log.Error("answer broke off", zap.String("kind", kind), zap.Error(err))
 		return resultFailed
-	case isRefused:
-		(&registryproxy.Refusal{Status: refused.Status, Header: refused.Header, Body: refused.Body}).Relay(w)
-		return resultRefused
-	case isNo:
+	case no != nil:
 		no.Relay(w)
 		return resultRefused
 	case isOurs:

@@ -158,13 +158,12 @@ func (m *mirror) url(w *reply, r *http.Request, request dfget.Request, asked htt
 	}
 	d := delivery{peer: m.peer, request: request, asked: asked, header: http.Header{"Content-Type": {octets}}, head: r.Method == http.MethodHead}
 	err := d.serve(r.Context(), w)
-	no, refused := errors.AsType[*dfget.RefusedError](err)
 	switch {
 	case err == nil:
 	case r.Context().Err() != nil || w.started():
 		panic(http.ErrAbortHandler) // a part must not be taken for the whole
-	case refused: // without api.ErrorHeader: these are the origin's words
-		(&registryproxy.Refusal{Status: no.Status, Header: no.Header, Body: no.Body}).Relay(w)
+	case refusal(err) != nil: // without api.ErrorHeader: these are the origin's words
+		refusal(err).Relay(w)
 	default:
 		m.log.Warn("neither the region nor the origin answers", zap.Error(err))
 		return err
