@@ -8,6 +8,7 @@ import (
 	"math"
 	"net/http"
 	"strings"
+	"time"
 
 	"damselfly.dev/dfget"
 	"damselfly.dev/registryproxy"
@@ -26,6 +27,7 @@ type delivery struct {
 	header  http.Header // of the answer, beside its length and ranges
 	head    bool        // the header is all that is asked for
 
+	since time.Time     // when the reader began to wait
 	s     *dfget.Stream // of what is sent next
 	off   int64         // where s is
 	end   int64         // of s
@@ -35,6 +37,7 @@ type delivery struct {
 // serve answers w. No header is out before the first bytes are in hand.
 func (d *delivery) serve(ctx context.Context, w http.ResponseWriter) error {
 	defer d.close()
+	d.since = time.Now()
 	wanted, err := d.open(ctx)
 	if outside, ok := errors.AsType[*dfget.RangeError](err); ok {
 		registryproxy.WriteRangeNotSatisfiable(w, outside.Size)
@@ -140,7 +143,7 @@ func (d *delivery) stream(ctx context.Context, off, n int64) error {
 		b.end = off + max(n, 1) // where none is wanted, the length is
 		request.Direct = b
 	}
-	s, err := d.peer.Open(ctx, request, off, n)
+	s, err := d.peer.OpenSince(ctx, d.since, request, off, n)
 	if err != nil {
 		return err
 	}
@@ -182,6 +185,7 @@ func together(ranges []registryproxy.ByteRange) int64 {
 func (d *delivery) send(ctx context.Context, w io.Writer, ranges []registryproxy.ByteRange) error {
 	r := ranges[0]
 	if r.Offset < d.off || r.Offset+r.Length > d.end {
+		d.since = time.Now()
 		if err := d.seek(ctx, ranges); err != nil {
 			return err
 		}

@@ -17,10 +17,11 @@ import (
 )
 
 const (
-	regionDial   = 2 * time.Second
-	regionHeader = 5 * time.Second // until the supernode's answer begins
-	regionWhole  = 8 * time.Second // until it has ended
-	maxAnswer    = registryproxy.MaxManifestSize
+	regionDial = 2 * time.Second
+	// regionWhole is until the supernode's answer has ended: a registry then has what
+	// is left of ten seconds.
+	regionWhole = 5 * time.Second
+	maxAnswer   = registryproxy.MaxManifestSize
 )
 
 var errNoSession = errors.New("no session with a supernode")
@@ -35,11 +36,10 @@ type relay struct {
 func newRelay(supernode func() (string, bool)) *relay {
 	return &relay{supernode, &http.Client{
 		Transport: &http.Transport{
-			DialContext:           (&net.Dialer{Timeout: regionDial}).DialContext,
-			ResponseHeaderTimeout: regionHeader,
-			MaxIdleConnsPerHost:   16,
-			IdleConnTimeout:       90 * time.Second,
-			DisableCompression:    true,
+			DialContext:         (&net.Dialer{Timeout: regionDial}).DialContext,
+			MaxIdleConnsPerHost: 16,
+			IdleConnTimeout:     90 * time.Second,
+			DisableCompression:  true,
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
@@ -88,6 +88,9 @@ func (y *relay) ask(r *http.Request, route registryproxy.Route) (*answer, error)
 func read(resp *http.Response, route registryproxy.Route) (*answer, error) {
 	if code := resp.Header.Get(api.ErrorHeader); code != "" {
 		return nil, fmt.Errorf("it cannot say: %s", code)
+	}
+	if resp.StatusCode >= http.StatusBadRequest && resp.Header.Get(namespaceHeader) == "" {
+		return nil, fmt.Errorf("status %d comes from something before it: a supernode says for which registry it speaks", resp.StatusCode)
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1)) //nolint:forbidigo // capped
 	switch {

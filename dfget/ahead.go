@@ -89,7 +89,7 @@ func (p *Peer) openAhead(ctx context.Context, es []*early) {
 			e.begun = p.early[e.key] == e // else it is asked for already
 			p.mu.Unlock()
 			if e.begun {
-				e.s, _ = p.open(ctx, e.req, 0, api.MaxInline) // no more, whatever it was said to have; who asks for it learns what is wrong
+				e.s, _ = p.open(ctx, time.Now(), e.req, 0, api.MaxInline) // no more, whatever it was said to have; who asks for it learns what is wrong
 			}
 			return nil
 		})

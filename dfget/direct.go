@@ -6,13 +6,33 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/http"
 	"time"
 )
 
 const (
-	directTries   = 5 // without a byte in between
-	directBackOff = 200 * time.Millisecond
+	directTries    = 10 // without a byte in between
+	directRefusals = 2  // of them, by an origin that has said yes before
+	directBackOff  = 200 * time.Millisecond
 )
+
+// Origin is where a content comes from when the region cannot give it.
+type Origin interface {
+	// Open returns the content from off on, and the length of the whole, -1 where
+	// the origin does not say. A no of the origin's own is a *RefusedError.
+	Open(ctx context.Context, off int64) (body io.ReadCloser, length int64, err error)
+}
+
+// RefusedError is the origin's own no, as it came.
+type RefusedError struct {
+	Status int
+	Header http.Header
+	Body   []byte
+}
+
+func (e *RefusedError) Error() string {
+	return fmt.Sprintf("the origin answers with status %d", e.Status)
+}
 
 // direct reads a content from its origin and goes on where it breaks off. It is
 // one goroutine's.
@@ -21,6 +41,7 @@ type direct struct {
 	body  io.ReadCloser // nil while nothing is open
 	size  int64         // by the origin, -1 when it does not say
 	tries int           // since the last byte
+	noes  int           // of them
 }
 
 func (d *direct) open(ctx context.Context, off int64) (err error) {
@@ -46,7 +67,7 @@ func (d *direct) read(ctx context.Context, b []byte, off, size int64) (n int, er
 		}
 		n, err = d.body.Read(b)
 		if n > 0 {
-			d.tries = 0
+			d.tries, d.noes = 0, 0
 			return n, nil
 		}
 		if err == nil {
@@ -72,7 +93,7 @@ func (d *direct) read(ctx context.Context, b []byte, off, size int64) (n int, er
 func (d *direct) reopen(ctx context.Context, off, size int64) error {
 	for {
 		if d.tries > 0 {
-			pause := directBackOff << d.tries
+			pause := min(directBackOff<<d.tries, maxBackOff)
 			select {
 			case <-ctx.Done():
 				return context.Cause(ctx)
@@ -88,7 +109,9 @@ func (d *direct) reopen(ctx context.Context, off, size int64) error {
 			return err
 		}
 		if _, no := errors.AsType[*RefusedError](err); no {
-			return err
+			if d.noes++; d.noes > directRefusals {
+				return err
+			}
 		}
 		if d.tries++; d.tries > directTries {
 			return fmt.Errorf("the origin does not give the rest from %d on: %w", off, err)

@@ -142,7 +142,7 @@ func TestBusyParentSaysWhen(t *testing.T) {
 
 func TestSlowParentIsNotGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBlob(64 << 10)
+		b := newBlob(56 << 10)
 		net, n, h := bubble(t, PeerConfig{}, serving(b, "slow:80"), b)
 		net.serve(t, "slow", parent(b, func(w http.ResponseWriter, r *http.Request, body []byte) {
 			header(w, r, b, len(body))
@@ -157,7 +157,7 @@ func TestSlowParentIsNotGivenUp(t *testing.T) {
 		got, err := get(t, h, Request{b.id, registryOrigin(), &upstream{}}, 0, -1)
 		require.NoError(t, err)
 		require.Equal(t, b.bytes, got)
-		require.InDelta(t, 7, time.Since(began).Seconds(), 1.1)
+		require.InDelta(t, 6, time.Since(began).Seconds(), 1.1)
 		require.Empty(t, heard(n, faileds))
 	})
 }
@@ -170,7 +170,7 @@ func TestOpenTurnsToTheOrigin(t *testing.T) {
 		after time.Duration
 		cause string
 	}{
-		"no answer": {nil, joinTimeout, causeNoAnswer},
+		"no answer": {nil, turnAfter, causeNoAnswer},
 		"refused": {func(n *fakeNode, up api.Up) {
 			for _, j := range up.Join {
 				n.send(api.Down{Refused: []api.Refused{{Seq: j.Seq, Status: 503, Reason: "no room"}}})
@@ -180,7 +180,7 @@ func TestOpenTurnsToTheOrigin(t *testing.T) {
 			for _, j := range up.Join {
 				n.send(api.Down{Task: []api.Task{n.grant(j, b)}})
 			}
-		}, silentLimit, causeSilent},
+		}, turnAfter, causeSilent},
 		"it never gets there": {func(n *fakeNode, up api.Up) {
 			for _, j := range up.Join {
 				n.send(api.Down{Task: []api.Task{n.grant(j, b)}})
@@ -191,7 +191,7 @@ func TestOpenTurnsToTheOrigin(t *testing.T) {
 					}
 				}()
 			}
-		}, firstTimeout, causeLate},
+		}, hopeLimit, causeLate},
 		"a task cut otherwise": {func(n *fakeNode, up api.Up) {
 			for _, j := range up.Join {
 				task := n.grant(j, b)
@@ -244,7 +244,7 @@ func TestNoByteOfACorruptPieceIsGiven(t *testing.T) {
 		up := &upstream{bytes: b.bytes}
 		began := time.Now()
 		s := open(t, h, Request{b.id, registryOrigin(), up}, 0, -1)
-		require.InDelta(t, firstTimeout.Seconds(), time.Since(began).Seconds(), 0.7)
+		require.InDelta(t, turnAfter.Seconds(), time.Since(began).Seconds(), 0.7)
 		require.Equal(t, []int64{0}, up.opened())
 		got, err := io.ReadAll(s)
 		require.NoError(t, err)
@@ -279,7 +279,7 @@ func TestStreamGoesOnFromTheOrigin(t *testing.T) {
 		cause string
 	}{
 		"supernode killed":       {func(_ *testing.T, net *memNet, _ *fakeNode, _ *host) { net.kill("node") }, lostLimit, causeSessionLost},
-		"supernode says nothing": {func(*testing.T, *memNet, *fakeNode, *host) {}, silentLimit, causeSilent},
+		"supernode says nothing": {func(*testing.T, *memNet, *fakeNode, *host) {}, turnAfter, causeSilent},
 		"peer ended":             {func(_ *testing.T, _ *memNet, _ *fakeNode, h *host) { h.end(h.session) }, lostLimit, causeSessionLost},
 	} {
 		for _, writer := range []bool{false, true} {
@@ -396,7 +396,7 @@ func TestLatePieceIsNotWaitedForLong(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, b.bytes[b.layout.Offset(16):], got)
 		require.Equal(t, []int64{b.layout.Offset(16)}, up.opened())
-		require.InDelta(t, lateLimit.Seconds(), time.Since(began).Seconds(), 1)
+		require.InDelta(t, turnAfter.Seconds(), time.Since(began).Seconds(), 1)
 		require.Equal(t, 1, h.metric(t, "damselfly_fallbacks_total", causeLate))
 	})
 }
@@ -511,7 +511,7 @@ func TestOriginThatBreaksOff(t *testing.T) {
 			refused, ok := errors.AsType[*RefusedError](err)
 			require.True(t, ok)
 			require.Equal(t, 401, refused.Status)
-			require.Len(t, up.opened(), 2)
+			require.Len(t, up.opened(), 2+directRefusals)
 		})
 	})
 	t.Run("or has something else", func(t *testing.T) {

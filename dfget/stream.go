@@ -2,50 +2,17 @@ package dfget
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"net/http"
-	"slices"
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
-
-const (
-	joinTimeout  = 8 * time.Second        // for the supernode's answer, which waits for the origin's
-	firstTimeout = 8 * time.Second        // for the first piece after that
-	wantAfter    = 300 * time.Millisecond // a reader that waits longer asks for its piece
-	silentLimit  = 5 * time.Second        // nothing of the task has moved
-	lostLimit    = time.Second            // no session, and nothing on its way
-	lateLimit    = 8 * time.Second        // other pieces come
-	movingLimit  = 30 * time.Second       // bytes come, but no whole piece for the reader
-	lateFactor   = 4                      // times what a piece is expected to take
-
-	maxHeader = 64 << 10 // bytes of a caller's header that a Join takes along
-)
-
-// Origin is where a content comes from when the region cannot give it.
-type Origin interface {
-	// Open returns the content from off on, and the length of the whole, -1 where
-	// the origin does not say. A no of the origin's own is a *RefusedError.
-	Open(ctx context.Context, off int64) (body io.ReadCloser, length int64, err error)
-}
-
-// RefusedError is the origin's own no, as it came.
-type RefusedError struct {
-	Status int
-	Header http.Header
-	Body   []byte
-}
-
-func (e *RefusedError) Error() string {
-	return fmt.Sprintf("the origin answers with status %d", e.Status)
-}
 
 // RangeError says that a range begins outside the content.
 type RangeError struct {
@@ -76,9 +43,11 @@ type Stream struct {
 	cancel context.CancelFunc
 	id     pieces.TaskID
 	origin api.Origin
-	direct *direct // where the region's bytes end
-	task   *task   // nil when the region has no part in it
+	since  time.Time // when the reader began to wait
+	direct *direct   // where the region's bytes end
+	task   *task     // nil when the region has no part in it
 	answer chan answer
+	asking atomic.Int64 // when the supernode last said that it waits for the origin, in Unix nanoseconds
 
 	content  *pieces.Content // nil when the stream is direct
 	own      bool            // content is pinned by this stream and not by its task
@@ -88,24 +57,15 @@ type Stream struct {
 	size     int64 // of the content, -1 unknown
 	off, end int64 // what is left of the range; end is -1 for an unknown end
 	length   int64
-	given    bool // a byte has been
-	lazy     bool // it is a bounded range, for which no more need be got
-	asked    int  // up to which piece it has asked for pieces
-	mixed    bool // of the region, before the origin's
+	given    bool            // a byte has been
+	lazy     bool            // it is a bounded range, for which no more need be got
+	asked    int             // up to which piece it has asked for pieces
+	excused  time.Time       // when the region was last seen to wait for the origin itself
+	mixed    bool            // of the region, before the origin's
+	sum      digest.Verifier // of the whole, as far as it was given, by the origin; nil where it cannot be known
 
 	fromStore, fromOrigin atomic.Int64
 }
-
-// answer is a Join's: a content, pinned by the task, or why there is none.
-type answer struct {
-	content *pieces.Content
-	stored  bool // it was complete before
-	err     error
-}
-
-// errDropped ends a stream of which bytes have been given that may be wrong, or of
-// another version than the origin's now.
-var errDropped = errors.New("the content was dropped while it was read: ask again")
 
 // Open returns the n bytes from off on, fewer where the content ends, all with n
 // negative; with 0 it tells the size. It returns when the first bytes are in
@@ -113,16 +73,21 @@ var errDropped = errors.New("the content was dropped while it was read: ask agai
 // be within seconds. The error is a *RefusedError, a *RangeError, ctx's cause,
 // or what the origin failed with. The stream ends with ctx.
 func (p *Peer) Open(ctx context.Context, req Request, off, n int64) (*Stream, error) {
+	return p.OpenSince(ctx, time.Now(), req, off, n)
+}
+
+// OpenSince is Open for a reader that has been waiting since then.
+func (p *Peer) OpenSince(ctx context.Context, since time.Time, req Request, off, n int64) (*Stream, error) {
 	if off == 0 && n < 0 {
 		if s := p.claim(ctx, req); s != nil {
 			return s, nil
 		}
 	}
-	return p.open(ctx, req, off, n)
+	return p.open(ctx, since, req, off, n)
 }
 
-func (p *Peer) open(ctx context.Context, req Request, off, n int64) (*Stream, error) {
-	s := &Stream{p: p, id: req.ID, origin: req.Origin, off: off, answer: make(chan answer, 1)}
+func (p *Peer) open(ctx context.Context, since time.Time, req Request, off, n int64) (*Stream, error) {
+	s := &Stream{p: p, id: req.ID, origin: req.Origin, since: since, off: off, answer: make(chan answer, 1)}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.direct = &direct{from: req.Direct}
 	s.lazy = n >= 0 && p.cfg.Background != 0
@@ -143,7 +108,7 @@ func (s *Stream) open(n int64) error {
 		if s.lazy && s.length == s.size {
 			s.p.wantAll(s.task)
 		}
-		cause, err = s.await(time.Now().Add(firstTimeout))
+		cause, err = s.await(s.since)
 	}
 	if cause == causeNoSession {
 		var done bool
@@ -160,7 +125,12 @@ func (s *Stream) open(n int64) error {
 	if err := s.direct.open(s.ctx, s.off); err != nil {
 		return err
 	}
-	return s.bound(s.direct.size, n)
+	if err = s.bound(s.direct.size, n); err != nil || s.off > 0 || s.end != s.size {
+		s.sum = nil
+		return err
+	}
+	_, err = s.compare(nil, nil) // it may be empty
+	return err
 }
 
 // bound sets the range to n bytes from s.off on, of a content of that size.
@@ -178,194 +148,6 @@ func (s *Stream) bound(size, n int64) error {
 		s.length = -1
 	}
 	return nil
-}
-
-// join becomes one of the task's streams and asks the supernode for it. The
-// cause is why the origin must be asked instead.
-func (s *Stream) join() (cause string, err error) {
-	p := s.p
-	p.mu.Lock()
-	session := p.session
-	if session == nil || headerSize(s.origin.Header) > maxHeader {
-		p.mu.Unlock()
-		return causeNoSession, nil
-	}
-	t := p.tasks[s.id]
-	if t == nil {
-		t = &task{id: s.id, over: make(chan struct{}), streams: make(map[*Stream]struct{}), lazy: s.lazy}
-		p.tasks[s.id] = t
-	}
-	t.streams[s] = struct{}{}
-	s.task = t
-	p.joinLocked(session, s)
-	p.mu.Unlock()
-	timeout := time.NewTimer(joinTimeout)
-	defer timeout.Stop()
-	var got answer
-	select {
-	case got = <-s.answer:
-	case <-timeout.C:
-		return causeNoAnswer, nil
-	case <-s.ctx.Done():
-		return "", context.Cause(s.ctx)
-	}
-	switch _, no := errors.AsType[*RefusedError](got.err); {
-	case no:
-		return "", got.err
-	case got.err == nil:
-		s.content, s.stored = got.content, got.stored
-		return "", nil
-	case errors.Is(got.err, errNoSession):
-		return causeNoSession, nil
-	case errors.Is(got.err, errNotNow):
-		if c := p.log.Check(zap.InfoLevel, "the region does not serve the task"); c != nil {
-			c.Write(zap.String("task", string(s.id)), zap.Error(got.err))
-		}
-		return causeRefused, nil
-	}
-	return causeStore, nil
-}
-
-func headerSize(h map[string][]string) (size int) {
-	for k, vs := range h {
-		for _, v := range vs {
-			size += len(k) + len(v)
-		}
-	}
-	return size
-}
-
-// alone serves a complete content from the store without the region, when it is
-// public where this caller wants it from. What else it may be the caller's, only
-// the supernode knows: any server can say that it has a digest.
-func (s *Stream) alone(n int64) (done bool, err error) {
-	c, err := s.p.store.Get(s.id)
-	if err != nil {
-		return false, nil //nolint:nilerr // not in the store: the origin has it
-	}
-	m := c.Meta()
-	if !m.Complete || !slices.Contains(m.Public, publicName(s.origin)) {
-		c.Release()
-		return false, nil
-	}
-	s.content, s.own, s.stored = c, true, true
-	if err := s.bound(m.Layout.Length, n); err != nil || s.off == s.end {
-		return true, err
-	}
-	cause, err := s.await(time.Now().Add(firstTimeout))
-	return cause == "", err
-}
-
-// await returns when the piece at s.off is there, or why the origin is to be
-// asked for it. The limit, if there is one, is for a first piece.
-func (s *Stream) await(limit time.Time) (cause string, err error) {
-	l := s.content.Layout()
-	first, end := l.Span(s.off, s.end-s.off)
-	if s.content.Has(first) {
-		return "", nil
-	}
-	if s.own {
-		return causeStore, nil
-	}
-	switch {
-	case s.lazy:
-		end = min(end, first+lazyRun)
-	case s.end < s.size:
-		end = min(end, first+wantRun)
-	default:
-		end = first + 1
-	}
-	if !limit.IsZero() || s.lazy {
-		s.p.ask(s, first, end)
-	}
-	for began := time.Now(); ; {
-		ctx, cancel := context.WithTimeout(s.ctx, wantAfter)
-		err := s.content.Wait(ctx, first)
-		cancel()
-		switch {
-		case err == nil:
-			return "", nil
-		case s.ctx.Err() != nil:
-			return "", context.Cause(s.ctx)
-		case !errors.Is(err, context.DeadlineExceeded):
-			return causeStore, nil
-		case !limit.IsZero() && time.Now().After(limit):
-			return causeLate, nil
-		}
-		if cause := s.p.stalled(s.task, l, first, began); cause != "" {
-			return cause, nil
-		}
-		s.p.ask(s, first, end)
-	}
-}
-
-// stalled tells why a reader that has waited for a piece since began should wait
-// no longer, "" when it should.
-func (p *Peer) stalled(t *task, l pieces.Layout, piece int, began time.Time) (cause string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	now := time.Now()
-	waited := now.Sub(began)
-	since := func(nanos int64) time.Duration { return min(waited, now.Sub(time.Unix(0, nanos))) }
-	switch {
-	case t.isOver():
-		return causeStore
-	case p.session == nil && t.coming == 0 && min(waited, now.Sub(p.lost)) >= lostLimit:
-		return causeSessionLost
-	case since(t.moved.Load()) >= silentLimit:
-		return causeSilent
-	}
-	if t.fetched < l.Offset(piece+1) && now.Sub(t.progress) < silentLimit {
-		return "" // it is on its way from the origin: to ask there again would not help
-	}
-	late := since(t.come.Load()) < waited && waited >= max(lateLimit, lateFactor*p.expected(l.Size(piece)))
-	if late || waited >= movingLimit {
-		return causeLate
-	}
-	return ""
-}
-
-// fallBack makes the stream one of the origin from s.off on.
-func (s *Stream) fallBack(cause string) error {
-	if cause == causeStore && s.given && s.id.Content() == "" || s.given && s.isWrong() {
-		return errDropped // nobody could tell the mixture of two versions
-	}
-	s.mixed = s.given
-	s.p.metrics.fallbacks.WithLabelValues(cause).Inc()
-	if c := s.p.log.Check(zap.WarnLevel, "asking the origin"); c != nil && cause != causeNoSession {
-		c.Write(zap.String("task", string(s.id)), zap.String("cause", cause), zap.Int64("offset", s.off))
-	}
-	s.leave()
-	return nil
-}
-
-// isWrong tells whether the region has taken back what it gave.
-func (s *Stream) isWrong() bool { return s.task != nil && s.task.wrong.Load() }
-
-// leave ends the stream's part in the region's download, which goes on.
-func (s *Stream) leave() {
-	if s.own {
-		s.content.Release()
-	}
-	s.content, s.own, s.run = nil, false, nil
-	if s.task == nil {
-		return
-	}
-	t := s.task
-	s.p.mu.Lock()
-	delete(t.streams, s)
-	if delete(t.wants, s); t.lazy {
-		s.p.wantLocked(t)
-		if len(t.streams) == 0 && s.p.cfg.Background < 0 {
-			if t.later != nil {
-				t.later.Stop()
-			}
-			t.later = time.AfterFunc(restAfter, func() { s.p.rest(t) })
-		}
-	}
-	idle := s.p.settleLocked(t)
-	s.p.mu.Unlock()
-	release(idle)
 }
 
 // Size returns the length of the whole content in bytes, -1 when it is not known.
@@ -405,7 +187,7 @@ func (s *Stream) next() error {
 	case s.off < s.runEnd:
 		return nil
 	}
-	cause, err := s.await(time.Time{})
+	cause, err := s.await(time.Now())
 	if err != nil {
 		return err
 	}
@@ -457,6 +239,7 @@ func (s *Stream) Read(b []byte) (int, error) {
 		}
 		if s.content == nil {
 			n, err := s.direct.read(s.ctx, b, s.off, s.size)
+			n, err = s.compare(b[:n], err)
 			s.gave(int64(n))
 			return n, err
 		}

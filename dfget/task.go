@@ -32,7 +32,6 @@ type task struct {
 	id    pieces.TaskID
 	over  chan struct{}
 	moved atomic.Int64 // when anything of it last came, in Unix nanoseconds
-	come  atomic.Int64 // when a piece last came
 	wrong atomic.Bool  // it was dropped: what has been given of it may be wrong
 
 	fromPeers, fromSupernode atomic.Int64 // bytes
@@ -158,6 +157,11 @@ func (p *Peer) follow(s *session, d api.Down) {
 			t.touch(now)
 		}
 	}
+	for _, seq := range d.Asking {
+		if st := s.joins[seq]; st != nil {
+			st.asking.Store(now.UnixNano())
+		}
+	}
 }
 
 // refusal is what a stream is told when its Join is not granted.
@@ -245,7 +249,11 @@ func (p *Peer) granted(s *session, m api.Task) {
 		s.send(holdMessage(p.store, t.id))
 	}
 	t.complete = t.complete || c.Complete()
-	t.touch(time.Now())
+	now := time.Now()
+	if now.Sub(time.Unix(0, st.asking.Load())) < askingLimit { // it was the origin that took the time
+		t.progress = now
+	}
+	t.touch(now)
 	s.answerLocked(m.Seq, answer{content: c, stored: t.complete})
 	idle := p.settleLocked(t)
 	p.mu.Unlock()
@@ -313,7 +321,6 @@ func (p *Peer) given(t *task, c *pieces.Content, m api.Task) error {
 	}
 	p.metrics.received.WithLabelValues(sourceSupernode).Add(float64(len(m.Data)))
 	t.fromSupernode.Add(int64(len(m.Data)))
-	t.come.Store(time.Now().UnixNano())
 	return nil
 }
 

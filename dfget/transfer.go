@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -44,8 +45,12 @@ type transfer struct {
 	session      *session
 	ctx          context.Context
 	cancel       context.CancelCauseFunc
-	left         int64 // bytes that have not come
-	told         bool  // that it ends soon
+	left         atomic.Int64 // bytes that have not come
+	told         bool         // that it ends soon
+
+	// Guarded by Peer.mu: when a reader was seen to wait for it, and left then.
+	seen     time.Time
+	leftThen int64
 }
 
 // failure is why a transfer ended early.
@@ -80,7 +85,7 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 		return
 	}
 	tr.task, tr.content, tr.ticket = t, t.content, t.ticket
-	tr.left = t.content.Layout().Offset(a.First+a.Count) - t.content.Layout().Offset(a.First)
+	tr.left.Store(t.content.Layout().Offset(a.First+a.Count) - t.content.Layout().Offset(a.First))
 	tr.ctx, tr.cancel = context.WithCancelCause(s.life)
 	p.coming++
 	t.coming++
@@ -124,7 +129,7 @@ func (p *Peer) run(tr *transfer) {
 		}
 		if n == 0 {
 			p.done(tr, i)
-			tr.left -= tr.content.Layout().Size(i)
+			tr.left.Add(-tr.content.Layout().Size(i))
 			i++
 			continue
 		}
@@ -159,11 +164,11 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 		return err
 	}
 	p.answered(time.Since(began))
-	lead := min(tr.left/2, max(p.lead(), maxWait))
+	lead := min(tr.left.Load()/2, max(p.lead(), maxWait))
 	body := &watched{r: resp.Body, got: func(n int) {
 		timer.Reset(patience)
 		p.came(tr, n)
-		if tr.left <= lead && !tr.told {
+		if tr.left.Load() <= lead && !tr.told {
 			p.soon(tr)
 		}
 	}}
@@ -261,7 +266,7 @@ func causeOf(ctx context.Context, err error) error {
 
 // came counts bytes that have just come.
 func (p *Peer) came(tr *transfer, n int) {
-	tr.left -= int64(n)
+	tr.left.Add(-int64(n))
 	tr.task.touch(time.Now())
 	p.metrics.received.WithLabelValues(tr.source).Add(float64(n))
 	if tr.source == sourcePeer {
@@ -273,9 +278,7 @@ func (p *Peer) came(tr *transfer, n int) {
 
 // done reports a piece, and has the content completed when it was the last one.
 func (p *Peer) done(tr *transfer, i int) {
-	now := time.Now()
-	tr.task.touch(now)
-	tr.task.come.Store(now.UnixNano())
+	tr.task.touch(time.Now())
 	have := tr.content.Have()
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -23,6 +23,7 @@ import (
 const (
 	helloTimeout = 5 * time.Second
 	joinTimeout  = time.Minute      // hosts turn elsewhere long before
+	askingEvery  = time.Second      // how often a host is told what it waits for
 	smallTimeout = time.Second      // for all of a small content, before the answer
 	maxJoins     = 256              // joins of a session being answered
 	maxQueued    = 16 << 20         // bytes waiting for a slow reader, roughly
@@ -282,7 +283,10 @@ func (s *session) join(ctx context.Context, j api.Join) {
 		s.refuse(j.Seq, err)
 		return
 	}
+	waits, over := context.WithCancel(ctx)
+	time.AfterFunc(askingEvery, func() { s.asking(waits, j.Seq) })
 	l, err := s.node.origin.bring(ctx, id, src, j.Lazy)
+	over()
 	if err != nil {
 		s.refuse(j.Seq, err)
 		return
@@ -294,6 +298,14 @@ func (s *session) join(ctx context.Context, j api.Join) {
 	}
 	r := s.node.region
 	r.do(func() { r.grant(s, j, l, data) })
+}
+
+// asking says that a join waits for the origin, every second until ctx ends.
+func (s *session) asking(ctx context.Context, seq uint64) {
+	if ctx.Err() == nil {
+		s.send(message{size: 16, add: func(b *api.Down) { b.Asking = append(b.Asking, seq) }})
+		time.AfterFunc(askingEvery, func() { s.asking(ctx, seq) })
+	}
 }
 
 // small returns all of a small content, for which it waits a little; nil when
