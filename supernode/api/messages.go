@@ -37,7 +37,7 @@ type Down struct {
 	Cancel     []uint64     `cbor:"6,keyasint,omitempty"` // transfers to give up; no Failed is expected
 	Invalidate []Invalidate `cbor:"7,keyasint,omitempty"`
 	Progress   []Progress   `cbor:"8,keyasint,omitempty"`
-	Asking     []uint64     `cbor:"9,keyasint,omitempty"` // Joins, by their Seq, that wait for the origin; said once a second
+	Asking     []uint64     `cbor:"10,keyasint,omitempty"` // Joins, by their Seq, that wait for the origin; said once a second
 }
 
 // Hello introduces a host.
