@@ -8,6 +8,7 @@ import (
 	"runtime"
 
 	"damselfly.dev/test/lab"
+	"damselfly.dev/test/programs"
 )
 
 const (
@@ -87,9 +88,9 @@ func (s swarm) at(ctx context.Context, e *env, final bool) (*outcome, error) {
 			return nil, nil //nolint:nilnil // said above
 		}
 	}
-	o.super = peakMiB(r.super.Process.PID())
+	o.super = programs.Peak(r.super.Process.PID())
 	for _, d := range r.hosts {
-		o.dfdaemon = max(o.dfdaemon, peakMiB(d.Process.PID()))
+		o.dfdaemon = max(o.dfdaemon, programs.Peak(d.Process.PID()))
 	}
 	if s.direct > 0 {
 		if o.direct, err = r.cold(ctx, s.direct, crowd{direct: true}); err != nil {

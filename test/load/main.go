@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+
+	"damselfly.dev/test/programs"
 )
 
 // config is what a run is told.
@@ -143,11 +145,11 @@ func run(ctx context.Context, c config, log io.Writer) ([]row, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer super.stop()
+	defer super.Stop()
 	if err := fetch(ctx, super, origin); err != nil {
 		return nil, err
 	}
-	empty := super.memory()
+	empty := programs.Memory(super.PID())
 
 	s, err := newSwarm(c, origin, super.url)
 	if err != nil {
@@ -161,7 +163,7 @@ func run(ctx context.Context, c config, log io.Writer) ([]row, error) {
 	if err := s.connect(ctx); err != nil {
 		return nil, err
 	}
-	held := super.memory()
+	held := programs.Memory(super.PID())
 	fmt.Fprintf(log, "%d sessions in %.1f s\n", c.sessions, time.Since(began).Seconds())
 	rows := []row{
 		atMost("memory of a session without a task", (held-empty)*1024/float64(c.sessions), 0, "KiB"),
@@ -171,7 +173,7 @@ func run(ctx context.Context, c config, log io.Writer) ([]row, error) {
 	if err := wait(ctx, 2*c.settle); err != nil {
 		return nil, err
 	}
-	joined := super.memory()
+	joined := programs.Memory(super.PID())
 	rows = append(rows,
 		atMost("memory of a host at work", (joined-empty)*1024/float64(c.sessions), 0, "KiB"),
 		atMost("memory of a task, all hosts in it", (joined-held)/float64(c.tasks), 0, "MiB"))
@@ -183,7 +185,7 @@ func run(ctx context.Context, c config, log io.Writer) ([]row, error) {
 		}
 		rows = append(rows, more...)
 	}
-	return append(rows, atMost(fmt.Sprintf("supernode peak memory, %d sessions", c.sessions), super.peak(), 1024, "MiB")), nil
+	return append(rows, atMost(fmt.Sprintf("supernode peak memory, %d sessions", c.sessions), programs.Peak(super.PID()), 1024, "MiB")), nil
 }
 
 // phase is a load to be put on the supernode, and what must hold of it.
@@ -216,17 +218,17 @@ func (s *swarm) phase(ctx context.Context, super *process, p phase, log io.Write
 		return nil, err
 	}
 	s.stats.Store(&stats{})
-	before, cpu, own, began := super.memory(), super.cpu(), ownCPU(), time.Now()
+	before, cpu, own, began := programs.Memory(super.PID()), programs.CPU(super.PID()), ownCPU(), time.Now()
 	if err := wait(ctx, s.cfg.duration); err != nil {
 		return nil, err
 	}
 	took := time.Since(began).Seconds()
 	got := s.stats.Load()
 	speed := float64(got.assigned.Load()) / took
-	cores, ownCores := (super.cpu()-cpu)/took, (ownCPU()-own)/took
+	cores, ownCores := (programs.CPU(super.PID())-cpu)/took, (ownCPU()-own)/took
 	stalled := s.stalled()
 	fmt.Fprintf(log, "%s: %.0f/s of %.0f, supernode %.2f cores (%.1f us each), generator %.2f cores (%.1f us each), %d joins, memory %.0f to %.0f MiB\n",
-		p.name, speed, p.rate, cores, cores/speed*1e6, ownCores, ownCores/speed*1e6, got.joins.count(), before, super.memory())
+		p.name, speed, p.rate, cores, cores/speed*1e6, ownCores, ownCores/speed*1e6, got.joins.count(), before, programs.Memory(super.PID()))
 	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 	return []row{
 		atLeast(p.name+": assignments", speed, p.speed, "/s"),

@@ -7,58 +7,36 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/test/programs"
 )
 
 // process is the supernode.
 type process struct {
-	cmd *exec.Cmd
+	*programs.Local
 	url string
 }
 
 // start starts a supernode with an empty cache, and waits until it answers.
 func start(ctx context.Context, bin, dir, registry string, flags []string) (*process, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	addrs, err := programs.Free(1)
 	if err != nil {
 		return nil, err
 	}
-	addr := ln.Addr().String()
-	ln.Close()
-	f, err := os.Create(filepath.Join(dir, "supernode.log"))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	cmd := exec.CommandContext(ctx, bin, append([]string{
-		"--listen", addr, "--data-dir", filepath.Join(dir, "data"),
+	url := "http://" + addrs[0]
+	p, err := programs.StartLocal(ctx, dir, url+"/healthz", bin, append([]string{
+		"--listen", addrs[0], "--data-dir", filepath.Join(dir, "data"),
 		"--registry", registry, "--log-level", "warn",
 	}, flags...)...)
-	cmd.Stdout, cmd.Stderr = f, f
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err != nil {
 		return nil, err
 	}
-	p := &process{cmd: cmd, url: "http://" + addr}
-	if err := until(ctx, func() bool { return get(ctx, p.url+"/healthz", nil) == nil }); err != nil {
-		p.stop()
-		return nil, fmt.Errorf("the supernode does not answer: %w", err)
-	}
-	return p, nil
-}
-
-func (p *process) stop() {
-	p.cmd.Process.Signal(syscall.SIGTERM)
-	p.cmd.Wait()
+	return &process{p, url}, nil
 }
 
 // fetch has the supernode bring all contents, for a host that takes nothing.
@@ -136,41 +114,10 @@ func get(ctx context.Context, url string, to any) error {
 	if resp.StatusCode != http.StatusOK {
 		return errors.New(resp.Status)
 	}
-	if to == nil {
-		return nil
-	}
 	return json.NewDecoder(resp.Body).Decode(to)
 }
 
-// memory is what is resident now, and peak the most that ever was, in MiB.
-func (p *process) memory() float64 { return p.status("VmRSS:") }
-func (p *process) peak() float64   { return p.status("VmHWM:") }
-
-func (p *process) status(key string) float64 {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, key); ok {
-			kib, _ := strconv.ParseFloat(strings.Fields(v)[0], 64)
-			return kib / 1024
-		}
-	}
-	return 0
-}
-
-// cpu is the processor time taken so far, in seconds.
-func (p *process) cpu() float64 {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
-	_, rest, _ := strings.Cut(string(b), ") ") // the name may hold spaces
-	f := strings.Fields(rest)
-	if len(f) < 13 {
-		return 0
-	}
-	user, _ := strconv.ParseFloat(f[11], 64)
-	system, _ := strconv.ParseFloat(f[12], 64)
-	return (user + system) / 100 // USER_HZ
-}
-
-// ownCPU is cpu of this process.
+// ownCPU is the processor time that this process has taken, in seconds.
 func ownCPU() float64 {
 	var u syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &u) != nil {

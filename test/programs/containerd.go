@@ -82,7 +82,7 @@ func (c Containerd) Start(ctx context.Context, h *lab.Host, mirror, registry str
 	if err != nil {
 		return nil, err
 	}
-	err = until(ctx, e.process, func(ctx context.Context) error { return e.ctr(ctx, "version") })
+	err = until(ctx, e.process.Done(), func(ctx context.Context) error { return e.ctr(ctx, "version") })
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start containerd on %s: %w; it said: %s", h.Name(), err, e.process.LastWords()), e.Close())
 	}

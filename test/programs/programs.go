@@ -88,15 +88,15 @@ func serve(ctx context.Context, h *lab.Host, name string, cmd *exec.Cmd, health,
 	}
 	client := &http.Client{Transport: &http.Transport{DialContext: h.Dial}, Timeout: 5 * time.Second}
 	s := &server{Process: p, Host: h, client: client, health: health, metrics: metrics}
-	if err := until(ctx, p, s.healthy); err != nil {
+	if err := until(ctx, p.Done(), s.healthy); err != nil {
 		p.Kill()
 		return nil, fmt.Errorf("start %s on %s: %w; it said: %s", name, h.Name(), err, p.LastWords())
 	}
 	return s, nil
 }
 
-// until waits for ready to give no error; the process must live that long.
-func until(ctx context.Context, p *lab.Process, ready func(context.Context) error) error {
+// until waits for ready to give no error, and ended not to be closed meanwhile.
+func until(ctx context.Context, ended <-chan struct{}, ready func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
@@ -107,7 +107,7 @@ func until(ctx context.Context, p *lab.Process, ready func(context.Context) erro
 			return nil
 		}
 		select {
-		case <-p.Done():
+		case <-ended:
 			return errors.New("it ended")
 		case <-ctx.Done():
 			return errors.Join(err, context.Cause(ctx))
