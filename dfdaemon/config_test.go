@@ -16,6 +16,8 @@ func TestConfig(t *testing.T) {
 		"mirror-listen is empty":     func(c *Config) { c.MirrorListen = "" },
 		`peer-listen "65002"`:        func(c *Config) { c.PeerListen = "65002" },
 		"quota":                      func(c *Config) { c.Quota = -1 },
+		"keep-free -1":               func(c *Config) { c.KeepFree = -1 },
+		"scrub-rate -1":              func(c *Config) { c.ScrubRate = -1 },
 		"up-lanes 0":                 func(c *Config) { c.UpLanes = 0 },
 		"down-lanes 257":             func(c *Config) { c.DownLanes = 257 },
 		"zone":                       func(c *Config) { c.Zone = string(make([]byte, 65)) },

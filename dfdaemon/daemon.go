@@ -36,13 +36,14 @@ const drainTime = 5 * time.Second
 // Daemon is an agent. It holds its store and its listeners from New on until
 // Run returns.
 type Daemon struct {
-	log     *zap.Logger
-	store   *pieces.Store
-	peer    *dfget.Peer
-	addr    map[string]string // host:port of the TCP listeners, by setting
-	servers []*server
-	tunnels *tunnels    // nil without a forward proxy
-	ready   atomic.Bool // Run serves and is not about to end
+	log       *zap.Logger
+	store     *pieces.Store
+	scrubRate int64
+	peer      *dfget.Peer
+	addr      map[string]string // host:port of the TCP listeners, by setting
+	servers   []*server
+	tunnels   *tunnels    // nil without a forward proxy
+	ready     atomic.Bool // Run serves and is not about to end
 }
 
 // server is a server and what it accepts on.
@@ -58,7 +59,7 @@ func New(cfg Config, log *zap.Logger, reg *prometheus.Registry) (*Daemon, error)
 		return nil, err
 	}
 	gin.SetMode(gin.ReleaseMode) // gin's debug mode writes to the standard output
-	d := &Daemon{log: log, addr: map[string]string{}}
+	d := &Daemon{log: log, scrubRate: cfg.ScrubRate, addr: map[string]string{}}
 	err := d.openStore(cfg)
 	if err == nil {
 		err = d.open(cfg, reg)
@@ -77,8 +78,9 @@ func New(cfg Config, log *zap.Logger, reg *prometheus.Registry) (*Daemon, error)
 
 func (d *Daemon) openStore(cfg Config) (err error) {
 	d.store, err = pieces.OpenStore(cfg.DataDir, pieces.StoreConfig{
-		Quota:   cfg.Quota,
+		Quota: cfg.Quota, KeepFree: cfg.KeepFree,
 		OnEvict: func(id pieces.TaskID) { d.peer.Evicted(id) },
+		OnLost:  func(id pieces.TaskID, _ []int) { d.peer.Lost(id) },
 	})
 	if errors.Is(err, pieces.ErrLocked) {
 		return fmt.Errorf("%w: give each dfdaemon a --data-dir of its own", err)
@@ -218,6 +220,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 		if err := d.peer.Run(peer); peer.Err() == nil {
 			return fmt.Errorf("peer: %w", err)
 		}
+		return nil
+	})
+	group.Go(func() error {
+		_ = d.store.Tend(ctx, d.scrubRate) // its only end is that of ctx
 		return nil
 	})
 	for _, s := range d.servers {

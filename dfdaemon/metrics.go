@@ -2,6 +2,7 @@ package dfdaemon
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -51,8 +52,12 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 			m.requests.WithLabelValues(k, r)
 		}
 	}
-	usage := func(name, help string, f func(pieces.Usage) int64) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(f(store.Usage())) })
+	usage := func(name, help string, value func(pieces.Usage) int64) prometheus.Collector {
+		read := func() float64 { return float64(value(store.Usage())) }
+		if strings.HasSuffix(name, "_total") {
+			return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, read)
+		}
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, read)
 	}
 	for _, c := range []prometheus.Collector{
 		m.requests, m.direct, m.first,
@@ -60,9 +65,12 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 			func(u pieces.Usage) int64 { return u.Reserved }),
 		usage("damselfly_cache_limit_bytes", "Most bytes of content the store may keep, 0 for no bound.",
 			func(u pieces.Usage) int64 { return u.Quota }),
-		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "damselfly_cache_evictions_total", Help: "Contents evicted to make room.",
-		}, func() float64 { return float64(store.Usage().Evicted) }),
+		usage("damselfly_cache_evictions_total", "Contents evicted to make room.", func(u pieces.Usage) int64 { return int64(u.Evicted) }),
+		usage("damselfly_cache_dropped_total", "Pieces dropped of contents too large for the room there is.",
+			func(u pieces.Usage) int64 { return int64(u.Dropped) }),
+		usage("damselfly_cache_full_total", "Writes for which the disk had no room.", func(u pieces.Usage) int64 { return int64(u.Full) }),
+		usage("damselfly_cache_scrubbed_bytes_total", "Bytes of content looked at for rot in the background.", func(u pieces.Usage) int64 { return u.Scrubbed }),
+		usage("damselfly_cache_rotten_total", "Pieces found wrong or unreadable on the disk.", func(u pieces.Usage) int64 { return int64(u.Rotten) }),
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("register the metrics of the mirror: %w", err)

@@ -128,7 +128,8 @@ func (s *Stream) leave() {
 	delete(t.streams, s)
 	if delete(t.wants, s); t.lazy {
 		s.p.wantLocked(t)
-		if len(t.streams) == 0 && s.p.cfg.Background < 0 {
+		t.protectLocked()
+		if len(t.streams) == 0 && (s.p.cfg.Background < 0 || t.content != nil && t.content.IsWindow()) {
 			if t.later != nil {
 				t.later.Stop()
 			}

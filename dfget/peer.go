@@ -192,6 +192,19 @@ func (p *Peer) Evicted(id pieces.TaskID) {
 	}
 }
 
+// Lost tells the region that pieces of a task are no longer there; it is what the
+// owner of the store has OnLost call.
+func (p *Peer) Lost(id pieces.TaskID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if t := p.tasks[id]; t != nil && t.content != nil {
+		t.complete = t.content.Complete()
+	}
+	if p.session != nil {
+		p.session.send(holdMessage(p.store, id))
+	}
+}
+
 // Errors of a Peer that has no answer of the region's to give.
 var (
 	errNoSession = errors.New("no session with a supernode")

@@ -289,7 +289,7 @@ func (p *Peer) joinLocked(s *session, st *Stream) {
 			size += len(k) + len(v) + 8
 		}
 	}
-	lazy := st.lazy && st.task.lazy
+	lazy := st.task.lazy && (st.lazy || st.task.session == s && st.task.content.IsWindow())
 	if st.task.session != s || !lazy { // else it is known
 		s.send(holdMessage(p.store, id))
 	}

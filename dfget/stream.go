@@ -2,6 +2,7 @@ package dfget
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -200,7 +201,11 @@ func (s *Stream) next() error {
 	for i < end && i-first < wantRun && s.content.Has(i) {
 		i++
 	}
-	if s.lazy && s.asked < end && i+lazyRun/2 >= s.asked { // before its reader waits for them
+	if !s.own && s.content.IsWindow() {
+		ahead := s.p.ahead(s)
+		i = min(i, first+ahead)
+		s.p.ask(s, first, min(end, first+ahead))
+	} else if s.lazy && s.asked < end && i+lazyRun/2 >= s.asked { // before its reader waits for them
 		s.p.ask(s, i, min(end, i+lazyRun))
 	}
 	s.runEnd = min(l.Offset(i), s.end)
@@ -251,6 +256,9 @@ func (s *Stream) Read(b []byte) (int, error) {
 		if s.ctx.Err() != nil {
 			return 0, context.Cause(s.ctx)
 		}
+		if s.comesAgain(err) {
+			continue
+		}
 		s.p.log.Error("store cannot be read", zap.String("task", string(s.id)), zap.Error(err))
 		if err := s.fallBack(causeStore); err != nil {
 			return 0, err
@@ -272,11 +280,15 @@ func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
 		n, err := s.content.CopyRange(w, s.off, s.runEnd-s.off)
 		s.gave(n)
 		total += n
-		if err == nil {
+		if err == nil || s.comesAgain(err) {
 			continue
 		}
-		if s.readable() {
+		damage := s.damage()
+		if damage == nil {
 			return total, err // then it is w that fails
+		}
+		if s.comesAgain(damage) {
+			continue
 		}
 		s.p.log.Error("store cannot be read", zap.String("task", string(s.id)), zap.Error(err))
 		if err := s.fallBack(causeStore); err != nil {
@@ -286,8 +298,18 @@ func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
 	return total, nil
 }
 
-// readable tells whether the store gives the byte at s.off.
-func (s *Stream) readable() bool {
+// damage tells why the store does not give the byte at s.off, nil when it does.
+func (s *Stream) damage() error {
 	_, err := s.content.CopyRange(io.Discard, s.off, 1)
-	return err == nil
+	return err
+}
+
+// comesAgain tells whether what was there, and is there no more, will be got anew
+// from the region: it was found wrong, or dropped to make room.
+func (s *Stream) comesAgain(err error) bool {
+	if s.own || !errors.Is(err, pieces.ErrMissing) {
+		return false
+	}
+	s.runEnd = s.off
+	return true
 }

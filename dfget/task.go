@@ -143,6 +143,9 @@ func (p *Peer) follow(s *session, d api.Down) {
 		}
 		p.mu.Unlock()
 	}
+	for _, m := range d.Verify {
+		p.verify(m)
+	}
 	for _, m := range d.Invalidate {
 		if id, err := pieces.ParseTaskID(m.Task); err == nil {
 			p.drop(id, m.Reason)
@@ -232,14 +235,18 @@ func (p *Peer) granted(s *session, m api.Task) {
 	}
 	t.num, t.ticket, t.sparse = m.Num, m.Ticket, t.sparse || m.Sparse
 	s.nums[m.Num] = t
-	if t.lazy = t.lazy && st.lazy; t.lazy && t.later == nil && p.cfg.Background > 0 {
+	if t.lazy = c.IsWindow() || t.lazy && st.lazy; t.lazy && !c.IsWindow() && t.later == nil && p.cfg.Background > 0 {
 		t.later = time.AfterFunc(p.cfg.Background, func() { p.wantAll(t) })
 	}
-	if t.lazy {
+	if t.lazy && !c.IsWindow() {
 		p.wantLocked(t)
 	}
-	if t.content == nil {
-		t.content = c
+	fresh := t.content == nil
+	t.content = c
+	if c.IsWindow() {
+		p.narrowLocked(t)
+	}
+	if fresh {
 		have := c.Have()
 		if have.Len() > 0 && len(m.Data) == 0 || have.Full() && !c.Complete() { // empty content is full
 			p.checkLocked(s.life, t)
@@ -279,7 +286,12 @@ func (p *Peer) prepare(t *task, m api.Task, o api.Origin) (*pieces.Content, erro
 			break
 		}
 		var err error
-		if c, err = p.store.Create(pieces.Meta{ID: t.id, Layout: m.Layout, Public: public}); err != nil {
+		meta := pieces.Meta{ID: t.id, Layout: m.Layout, Public: public}
+		if c, err = p.store.Create(meta); errors.Is(err, pieces.ErrQuota) {
+			meta.Window = true
+			c, err = p.store.Create(meta)
+		}
+		if err != nil {
 			return nil, err
 		}
 	case c.Layout() != m.Layout && (!c.Complete() || t.id.Content() == ""):
@@ -462,6 +474,9 @@ func (s *Stream) Want(spans []Span) bool {
 	if s.task == nil || s.content == nil {
 		return s.content != nil // what is stored needs no region
 	}
+	if s.content.IsWindow() {
+		return true // each stream asks for its own when it comes to it
+	}
 	var runs []api.Run
 	for _, b := range spans[:min(len(spans), MaxSpans)] {
 		if first, end := s.content.Layout().Span(b.Offset, b.Length); first < end {
@@ -479,6 +494,7 @@ func (s *Stream) wantLocked(runs []api.Run) {
 		s.task.wants = make(map[*Stream][]api.Run)
 	}
 	s.task.wants[s] = runs
+	s.task.protectLocked()
 	s.p.wantLocked(s.task)
 }
 
@@ -506,7 +522,7 @@ func (p *Peer) wantLocked(t *task) {
 		return
 	}
 	t.want, t.wanted = runs, now
-	t.session.send(wantMessage(t.num, runs, false))
+	t.session.send(wantMessage(api.Want{Task: t.num}, runs))
 }
 
 // withinLocked tells whether all of some runs that has not come is in others.
@@ -522,8 +538,7 @@ func (t *task) withinLocked(runs, others []api.Run) bool {
 	return true
 }
 
-func wantMessage(num int32, runs []api.Run, all bool) message {
-	w := api.Want{Task: num, All: all}
+func wantMessage(w api.Want, runs []api.Run) message {
 	if len(runs) > 0 {
 		w.First, w.Count, w.More = runs[0].First, runs[0].Count, runs[1:]
 	}
@@ -534,11 +549,11 @@ func wantMessage(num int32, runs []api.Run, all bool) message {
 func (p *Peer) wantAll(t *task) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !t.lazy || t.session == nil {
+	if !t.lazy || t.session == nil || t.content.IsWindow() {
 		return
 	}
 	t.lazy = false
-	t.session.send(wantMessage(t.num, t.want, true))
+	t.session.send(wantMessage(api.Want{Task: t.num, All: true}, t.want))
 }
 
 // restAfter is how long the digests of a lazy task are kept after its last reader.
@@ -557,4 +572,25 @@ func (p *Peer) rest(t *task) {
 	}
 	p.mu.Unlock()
 	release(idle)
+}
+
+// verify has pieces looked at that another host got wrong from here.
+func (p *Peer) verify(m api.Verify) {
+	id, err := pieces.ParseTaskID(m.Task)
+	if err != nil {
+		return
+	}
+	p.group.Go(func() error {
+		c, err := p.store.Get(id)
+		if err != nil {
+			return nil //nolint:nilerr // it is gone, and the supernode was told
+		}
+		defer c.Release()
+		for i := m.First; i < m.First+m.Count && i < c.Layout().Count(); i++ {
+			if !c.Recheck(i) {
+				p.log.Warn("piece on the disk is wrong", zap.String("task", m.Task), zap.Int("piece", i))
+			}
+		}
+		return nil
+	})
 }

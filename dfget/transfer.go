@@ -298,7 +298,7 @@ func (p *Peer) ended(tr *transfer, err error) {
 	fail, failed := errors.AsType[*failure](err)
 	if failed {
 		result = resultOf(fail.why)
-		broken = fail.why == api.Local && !isLocal(err)
+		broken = fail.why == api.Local && !isLocal(err) && !p.narrowed(tr.task, tr.content, err)
 	}
 	if failed && cancelled {
 		result = resultCancelled

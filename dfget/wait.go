@@ -40,7 +40,10 @@ func (s *Stream) await(began time.Time) (cause string, err error) {
 	if s.own {
 		return causeStore, nil
 	}
+	window := s.content.IsWindow()
 	switch {
+	case window:
+		end = min(end, first+s.p.ahead(s))
 	case s.lazy:
 		end = min(end, first+lazyRun)
 	case s.end < s.size:
@@ -48,7 +51,7 @@ func (s *Stream) await(began time.Time) (cause string, err error) {
 	default:
 		end = first + 1
 	}
-	if !s.given || s.lazy {
+	if !s.given || s.lazy || window {
 		s.p.ask(s, first, end)
 	}
 	for {

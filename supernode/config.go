@@ -26,6 +26,9 @@ type Config struct {
 	// Quota is the most bytes of content kept, 0 for no bound. A blob that does
 	// not fit goes to its hosts straight from the registry.
 	Quota int64
+	// KeepFree is how much of the file system the store leaves free, at most half of
+	// it, and ScrubRate how many bytes a second of it are looked at for rot, 0 for none.
+	KeepFree, ScrubRate int64
 	// Zone and Rack say where it stands; hosts near by are preferred.
 	Zone, Rack string
 	// CrossOnce has each piece come into a zone once, and spread from host to
@@ -55,6 +58,8 @@ func Default() Config {
 		Registries:   registryproxy.Config{Default: "docker.io"},
 		MaxHosts:     20000,
 		TagFreshness: 5 * time.Second,
+		KeepFree:     5 << 30,
+		ScrubRate:    16 << 20,
 		StaleFor:     24 * time.Hour,
 	}
 }
@@ -76,6 +81,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("%d upload lanes: want 1 to %d", c.UpLanes, api.MaxLanes)
 	case c.MaxHosts < 1:
 		return fmt.Errorf("at most %d hosts: want 1 or more", c.MaxHosts)
+	case c.KeepFree < 0 || c.ScrubRate < 0:
+		return fmt.Errorf("keep-free %d, scrub-rate %d: want 0 or more", c.KeepFree, c.ScrubRate)
 	case c.TagFreshness < 0 || c.StaleFor < 0:
 		return errors.New("tag freshness and stale time cannot be negative")
 	}

@@ -239,6 +239,9 @@ func (o *origin) fill(f *fetch, c *pieces.Content, in *stream) error {
 		if there {
 			if d = c.Digest(i); sum != nil {
 				_, err = c.CopyRange(sum, l.Offset(i), l.Size(i))
+				if errors.Is(err, pieces.ErrMissing) && !sparse { // it has rotted: not a byte of it is in sum
+					d, err = o.take(c, i, in, sum)
+				}
 			}
 		} else {
 			d, err = o.take(c, i, in, sum)

@@ -2,6 +2,7 @@ package supernode
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -58,7 +59,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 	}
 	usage := func(name, help string, value func(pieces.Usage) int64) prometheus.Collector {
 		read := func() float64 { return float64(value(store.Usage())) }
-		if name == "damselfly_cache_evictions_total" {
+		if strings.HasSuffix(name, "_total") {
 			return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, read)
 		}
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, read)
@@ -68,6 +69,9 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		usage("damselfly_cache_bytes", "Bytes reserved by the contents kept.", func(u pieces.Usage) int64 { return u.Reserved }),
 		usage("damselfly_cache_limit_bytes", "Most bytes of content kept, 0 for no bound.", func(u pieces.Usage) int64 { return u.Quota }),
 		usage("damselfly_cache_evictions_total", "Contents evicted to make room.", func(u pieces.Usage) int64 { return int64(u.Evicted) }),
+		usage("damselfly_cache_full_total", "Writes for which the disk had no room.", func(u pieces.Usage) int64 { return int64(u.Full) }),
+		usage("damselfly_cache_scrubbed_bytes_total", "Bytes of content looked at for rot in the background.", func(u pieces.Usage) int64 { return u.Scrubbed }),
+		usage("damselfly_cache_rotten_total", "Pieces found wrong or unreadable on the disk.", func(u pieces.Usage) int64 { return int64(u.Rotten) }),
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("register the metrics of the supernode: %w", err)

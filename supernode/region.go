@@ -258,10 +258,14 @@ func (r *region) dropped(id pieces.TaskID, reason string) {
 	})
 }
 
-// lost notes that the supernode found a piece of its own missing.
-func (r *region) lost(id pieces.TaskID, i int) {
+// lost notes that the supernode found pieces of its own missing.
+func (r *region) lost(id pieces.TaskID, lost ...int) {
 	r.do(func() {
-		if t := r.tasks[id]; t != nil && t.published.Has(i) && !t.content.Has(i) {
+		t := r.tasks[id]
+		for _, i := range lost {
+			if t == nil || !t.published.Has(i) || t.content.Has(i) {
+				continue
+			}
 			t.published.Remove(i)
 			if t.fetch != nil && t.fetch.sparse.Load() {
 				t.fetch.demand.lost(i, t.wanted[i] > 0)

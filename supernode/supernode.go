@@ -178,6 +178,11 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 	errorLog, err := zap.NewStdLogAt(n.log, zap.DebugLevel)
 	if err != nil {
 		return errors.Join(err, n.close())
+	tended := make(chan struct{})
+	go func() {
+		defer close(tended)
+		_ = n.store.Tend(n.ctx, n.cfg.ScrubRate) // its only end is that of the context
+	}()
 	}
 	srv := &http.Server{
 		Handler:           n.engine,
@@ -206,6 +211,7 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 	<-n.region.ended
 	return errors.Join(err, n.close())
 }
+	<-tended
 
 func (n *Supernode) close() error {
 	n.stop(errStopping)

@@ -170,8 +170,11 @@ func (r *region) want(now time.Time, s *session, t *task, w api.Want) {
 			wants = append(wants, a.First+i)
 		}
 	}
-	r.sched.Want(now, s.id, t.num, runs...)
 	m := t.members[s.id]
+	if m != nil && w.Only && !m.lazy {
+		r.narrow(now, t, m)
+	}
+	r.sched.Want(now, s.id, t.num, runs...)
 	if m == nil {
 		return
 	}
@@ -180,6 +183,15 @@ func (r *region) want(now time.Time, s *session, t *task, w api.Want) {
 	}
 	if m.lazy && w.All {
 		r.whole(now, t, m)
+	}
+}
+
+// narrow makes a member that wants all a lazy one.
+func (r *region) narrow(now time.Time, t *task, m *member) {
+	m.lazy = true
+	r.sched.Leave(now, m.id, t.num)
+	if h := m.holds[t.id]; h != nil && h.layout == t.layout {
+		r.sched.JoinLazy(now, m.id, t.num, h.have)
 	}
 }
 

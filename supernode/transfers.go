@@ -1,6 +1,7 @@
 package supernode
 
 import (
+	"math/bits"
 	"time"
 
 	"damselfly.dev/scheduler"
@@ -10,6 +11,7 @@ import (
 // transfer is one that a host has been told to make.
 type transfer struct {
 	task         *task
+	parent       scheduler.HostID
 	first, count int
 	left         uint64 // pieces that have not come, by bit
 	crosses      bool   // into the host's zone
@@ -40,7 +42,7 @@ func (r *region) decide() {
 				m.tell(t)
 			}
 		}
-		host.transfers[d.Transfer] = transfer{task: t, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
+		host.transfers[d.Transfer] = transfer{task: t, parent: d.Parent, first: d.First, count: d.Count, left: 1<<d.Count - 1, crosses: d.Crosses}
 		a := api.Assign{Transfer: id, Task: int32(d.Task), First: d.First, Count: d.Count}
 		if d.Parent != seed {
 			a.Parent = r.hosts[d.Parent].addr
@@ -96,14 +98,31 @@ var failures = map[api.Failure]struct {
 func (r *region) failed(now time.Time, s *session, f api.Failed) {
 	id := scheduler.TransferID(f.Transfer)
 	why, known := failures[f.Why]
-	if _, ok := s.transfers[id]; !ok || !known {
+	tr, ok := s.transfers[id]
+	if !ok || !known {
 		return
 	}
 	delete(s.transfers, id)
 	r.metrics.transfers[why.result].Inc()
 	if f.Why == api.Corrupt {
 		r.metrics.verifyFailures.Inc()
+		r.verify(tr)
 	}
 	retry := time.Duration(min(max(f.RetryMS, 0), 60_000)) * time.Millisecond
 	r.sched.Failed(now, s.id, id, why.why, retry)
+}
+
+// verify has the parent of a transfer look at the piece that came wrong: it may
+// have rotted on its disk.
+func (r *region) verify(tr transfer) {
+	t, i := tr.task, tr.first+bits.TrailingZeros64(tr.left)
+	if tr.parent == seed {
+		r.origin.wg.Go(func() { t.content.Recheck(i) })
+		return
+	}
+	if p := r.hosts[tr.parent]; p != nil {
+		p.send(message{size: 96, add: func(b *api.Down) {
+			b.Verify = append(b.Verify, api.Verify{Task: string(t.id), First: i, Count: 1})
+		}})
+	}
 }

@@ -43,6 +43,8 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Advertise, "advertise", c.Advertise, "`host` or host:port at which other hosts reach --peer-listen; empty: as the supernode sees it")
 	fs.StringVar(&c.DataDir, "data-dir", c.DataDir, "where content is kept; one process at a time uses it")
 	fs.Var(cli.Size(&c.Quota), "quota", "most content kept, 0 for no bound; more saves repeated pulls")
+	fs.Var(cli.Size(&c.KeepFree), "keep-free", "how much of the disk is left free, at most half of it")
+	fs.Var(cli.Size(&c.ScrubRate), "scrub-rate", "how much of what is kept is looked at for rot, a second; 0 for none")
 	fs.StringVar(&c.MirrorListen, "mirror-listen", c.MirrorListen, "`host:port` that engines pull from")
 	fs.StringVar(&c.PeerListen, "peer-listen", c.PeerListen, "`host:port` where other hosts get pieces; empty: this one only takes")
 	fs.StringVar(&c.MetricsListen, "metrics-listen", c.MetricsListen, "`host:port` of /metrics, /healthz and /readyz; empty: none")

@@ -40,6 +40,8 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Advertise, "advertise", c.Advertise, "`host` at which the region's hosts reach this one")
 	fs.StringVar(&c.DataDir, "data-dir", c.DataDir, "where content is kept; one process at a time uses it")
 	fs.Var(cli.Size(&c.Quota), "quota", "most content kept, 0 for no bound; more saves fetches from registries")
+	fs.Var(cli.Size(&c.KeepFree), "keep-free", "how much of the disk is left free, at most half of it")
+	fs.Var(cli.Size(&c.ScrubRate), "scrub-rate", "how much of what is kept is looked at for rot, a second; 0 for none")
 	fs.StringVar(&c.Zone, "zone", c.Zone, "where it stands, as the hosts name theirs")
 	fs.StringVar(&c.Rack, "rack", c.Rack, "where in the zone it stands")
 	fs.BoolVar(&c.CrossOnce, "cross-once", c.CrossOnce,

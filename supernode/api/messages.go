@@ -37,6 +37,7 @@ type Down struct {
 	Cancel     []uint64     `cbor:"6,keyasint,omitempty"` // transfers to give up; no Failed is expected
 	Invalidate []Invalidate `cbor:"7,keyasint,omitempty"`
 	Progress   []Progress   `cbor:"8,keyasint,omitempty"`
+	Verify     []Verify     `cbor:"9,keyasint,omitempty"`
 	Asking     []uint64     `cbor:"10,keyasint,omitempty"` // Joins, by their Seq, that wait for the origin; said once a second
 }
 
@@ -107,6 +108,7 @@ type Want struct {
 	Count int   `cbor:"3,keyasint"`
 	More  []Run `cbor:"4,keyasint,omitempty"` // of other readers, at most MaxRuns
 	All   bool  `cbor:"5,keyasint,omitempty"` // the host, which has joined as Lazy, wants the rest as well from now on
+	Only  bool  `cbor:"6,keyasint,omitempty"` // the host, which has no room for all, wants only what it asks for from now on, as if it had joined as Lazy
 }
 
 // Run is Count pieces from First on.
@@ -223,6 +225,14 @@ type Assign struct {
 type Invalidate struct {
 	Task   string `cbor:"1,keyasint"`
 	Reason string `cbor:"2,keyasint"`
+}
+
+// Verify has the host look at pieces that it has sent, since who got them found
+// the bytes wrong: what has rotted on its disk it says in a Hold.
+type Verify struct {
+	Task  string `cbor:"1,keyasint"`
+	First int    `cbor:"2,keyasint"`
+	Count int    `cbor:"3,keyasint"`
 }
 
 // Progress says, about once a second while it grows, how many bytes the
