@@ -174,15 +174,15 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 	regionCtx, endRegion := context.WithCancel(context.WithoutCancel(ctx))
 	defer endRegion()
 	go n.region.run(regionCtx)
-	served := make(chan error, 1)
-	errorLog, err := zap.NewStdLogAt(n.log, zap.DebugLevel)
-	if err != nil {
-		return errors.Join(err, n.close())
 	tended := make(chan struct{})
 	go func() {
 		defer close(tended)
 		_ = n.store.Tend(n.ctx, n.cfg.ScrubRate) // its only end is that of the context
 	}()
+	served := make(chan error, 1)
+	errorLog, err := zap.NewStdLogAt(n.log, zap.DebugLevel)
+	if err != nil {
+		return errors.Join(err, n.close())
 	}
 	srv := &http.Server{
 		Handler:           n.engine,
@@ -207,11 +207,11 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 		_ = srv.Close() // some reader takes too long
 	}
 	n.origin.wg.Wait()
+	<-tended
 	endRegion()
 	<-n.region.ended
 	return errors.Join(err, n.close())
 }
-	<-tended
 
 func (n *Supernode) close() error {
 	n.stop(errStopping)
