@@ -3,9 +3,7 @@ package dfdaemon
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"regexp"
 	"strings"
@@ -15,6 +13,7 @@ import (
 
 	"damselfly.dev/dfget"
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
 )
 
 // URLConfig is what may be told of contents that are asked for by their whole
@@ -110,7 +109,7 @@ func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
 	if m.pull(w, r, u) {
 		return nil
 	}
-	if !ofThisHost(r) {
+	if !api.OfThisHost(r) { // wherever the mirror listens, it is no open relay
 		return &registryproxy.Error{Status: http.StatusForbidden, Code: "DENIED", Message: "whole URLs are read for programs of this host alone"}
 	}
 	if !mayReach(m.ports, hostOf(u.Host, u.Scheme)) {
@@ -121,17 +120,6 @@ func (m *mirror) read(w *reply, r *http.Request, u *url.URL) error {
 		return &registryproxy.Error{Status: http.StatusBadRequest, Code: registryproxy.CodeUnsupported, Message: err.Error()}
 	}
 	return m.url(w, r, request, r.Header)
-}
-
-// ofThisHost tells whether a request comes from the host itself: wherever the
-// mirror listens, it is no open relay.
-func ofThisHost(r *http.Request) bool {
-	from, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil || from.Addr().Unmap().IsLoopback() {
-		return err == nil
-	}
-	local, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
-	return local != nil && from.Addr().Unmap() == local.AddrPort().Addr().Unmap()
 }
 
 // pull answers with the blob or manifest of a registry that u names; false when it

@@ -65,3 +65,17 @@ func (f *file[T]) get() (T, error) {
 	f.value = v
 	return v, nil
 }
+
+// File is a small file whose contents are read again when it changes.
+type File[T any] struct{ file[T] }
+
+// OpenFile reads a file by parse, whose error quotes nothing of it.
+func OpenFile[T any](path string, parse func([]byte) (T, error)) (*File[T], error) {
+	f := &File[T]{}
+	f.path, f.parse = path, parse
+	_, err := f.file.get()
+	return f, err
+}
+
+// Get returns what the file says; with an error, what it said before.
+func (f *File[T]) Get() (T, error) { return f.file.get() }

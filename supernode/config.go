@@ -39,6 +39,10 @@ type Config struct {
 	UpLanes int
 	// MaxHosts bounds the sessions, and with them memory.
 	MaxHosts int
+	// Tokens is the file of those who may use the HTTP API, "" for programs of this
+	// machine, which may look. ProtectMetrics has /metrics ask for a token, too.
+	Tokens         string
+	ProtectMetrics bool
 	// Registries says how registries are reached.
 	Registries registryproxy.Config
 	// TagFreshness is how long the registry is not asked again what a tag or a
@@ -79,6 +83,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("quota %d is negative", c.Quota)
 	case c.UpLanes < 1 || c.UpLanes > api.MaxLanes:
 		return fmt.Errorf("%d upload lanes: want 1 to %d", c.UpLanes, api.MaxLanes)
+	case c.ProtectMetrics && c.Tokens == "":
+		return errors.New("protect-metrics needs tokens: name their file")
 	case c.MaxHosts < 1:
 		return fmt.Errorf("at most %d hosts: want 1 or more", c.MaxHosts)
 	case c.KeepFree < 0 || c.ScrubRate < 0:

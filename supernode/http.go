@@ -26,13 +26,18 @@ func (n *Supernode) routes(reg Registry) *gin.Engine {
 	fine := func(c *gin.Context) { c.String(http.StatusOK, "ok\n") }
 	e.Match(reads, "/healthz", fine)
 	e.Match(reads, "/readyz", n.ready)
-	e.GET("/metrics", gin.WrapH(promhttp.HandlerFor(reg, promhttp.HandlerOpts{})))
+	metrics := e.Group("/metrics")
+	if n.cfg.ProtectMetrics {
+		metrics.Use(n.rights.want(RoleRead))
+	}
+	metrics.GET("", gin.WrapH(promhttp.HandlerFor(reg, promhttp.HandlerOpts{})))
 	e.GET(api.SessionPath, func(c *gin.Context) { n.serveSession(c.Writer, c.Request) })
 	e.Match(reads, api.TasksPath+"/:task/content", func(c *gin.Context) {
 		n.serveContent(c.Writer, c.Request, c.Param("task"))
 	})
-	e.GET(api.TasksPath, n.listTasks)
-	e.GET("/v1/hosts", n.listHosts)
+	e.GET(api.TasksPath, n.rights.want(RoleRead), n.listTasks)
+	e.GET("/v1/hosts", n.rights.want(RoleRead), n.listHosts)
+	e.DELETE(api.TasksPath+"/:task", n.rights.want(RoleAdmin), n.forgetTask)
 	for _, path := range []string{"/v2", "/v2/*path"} {
 		e.Any(path, func(c *gin.Context) { n.serveV2(c.Writer, c.Request, c.Param("path")) })
 	}
@@ -120,6 +125,16 @@ func (n *Supernode) listTasks(c *gin.Context) {
 		}
 	})
 	n.list(c, infos, ok)
+}
+
+// forgetTask drops a content from the supernode and all hosts.
+func (n *Supernode) forgetTask(c *gin.Context) {
+	status, code, err := n.origin.forget(c.Param("task"))
+	if err != nil {
+		writeError(c.Writer, status, code, err.Error())
+		return
+	}
+	c.Status(status)
 }
 
 // hostInfo is a host with a session; the first of the list is the supernode.

@@ -45,6 +45,7 @@ type Supernode struct {
 	web      *web
 	origin   *origin
 	region   *region
+	rights   *rights
 	uploads  chan struct{} // a place for each upload under way
 	sessions atomic.Int64
 	engine   *gin.Engine
@@ -121,6 +122,9 @@ func (n *Supernode) open(reg Registry) (err error) {
 	n.region = newRegion(n.cfg, n.log, n.metrics)
 	n.origin = n.newOrigin()
 	n.region.origin = n.origin
+	if n.rights, err = openRights(n.cfg.Tokens, n.log); err != nil {
+		return err
+	}
 	n.engine = n.routes(reg)
 	return nil
 }
@@ -207,9 +211,9 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 		_ = srv.Close() // some reader takes too long
 	}
 	n.origin.wg.Wait()
-	<-tended
 	endRegion()
 	<-n.region.ended
+	<-tended
 	return errors.Join(err, n.close())
 }
 

@@ -39,8 +39,10 @@ type Error struct {
 // Codes of Error.
 const (
 	CodeBadRequest   = "bad_request"    // 400
-	CodeUnauthorized = "unauthorized"   // 401: no ticket, or not a valid one
+	CodeUnauthorized = "unauthorized"   // 401: no ticket or token, or not a valid one
+	CodeForbidden    = "forbidden"      // 403: the token's role is not enough
 	CodeNotFound     = "not_found"      // 404
+	CodeConflict     = "conflict"       // 409: not now
 	CodeRange        = "range"          // 416
 	CodeUnavailable  = "unavailable"    // 502, 503: the origin or the region cannot answer now
 	CodeBusy         = "busy"           // 503: come back after RetryHeader
