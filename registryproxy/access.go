@@ -224,10 +224,14 @@ func (a *Access) ask(ctx context.Context, c check) error {
 		a.Proved(c.Repo, c.who)
 		return nil
 	}
-	no, refused := errors.AsType[*Refusal](err)
-	if !refused || !no.Final() {
-		return err
+	if no, refused := errors.AsType[*Refusal](err); refused && no.Final() {
+		a.refused(c, no)
 	}
+	return err
+}
+
+// refused remembers a no.
+func (a *Access) refused(c check, no *Refusal) {
 	a.refusals.put(c.exact(), no, refusalLife)
 	if no.denies() {
 		a.readers.drop(readerOf(c.Repo, c.who), func(time.Time) bool { return true })
@@ -238,7 +242,22 @@ func (a *Access) ask(ctx context.Context, c check) error {
 			a.ledger.SetPublic(c.Repo, false)
 		}
 	}
-	return err
+}
+
+// Denied returns the registry's own no to who, if it has just wanted other
+// credentials for the same manifest or blob.
+func (a *Access) Denied(kind Kind, repo Repository, reference string, who Caller) error {
+	if no, ok := a.refusals.get(check{Route: Route{kind, repo, reference}, who: who}.exact()); ok && no.denies() {
+		return no
+	}
+	return nil
+}
+
+// Deny remembers err where it is that.
+func (a *Access) Deny(kind Kind, repo Repository, reference string, who Caller, err error) {
+	if no, ok := errors.AsType[*Refusal](err); ok && no.denies() {
+		a.refused(check{Route: Route{kind, repo, reference}, who: who}, no)
+	}
 }
 
 // prove asks the registry by a HEAD. One that is refused is followed by a GET:

@@ -3,7 +3,6 @@ package supernode
 import (
 	"context"
 	"errors"
-	"fmt"
 	"mime"
 	"net/http"
 	"strconv"
@@ -41,7 +40,7 @@ func (n *Supernode) serveManifest(w http.ResponseWriter, r *http.Request, route 
 	src, t := n.source(route, who), tag{digest: route.Reference}
 	if digest.Digest(route.Reference).Validate() != nil {
 		var err error
-		if t, err = n.resolve(ctx, r.Method == http.MethodHead, src); err != nil {
+		if t, err = n.resolve(ctx, src); err != nil {
 			n.fail(w, err)
 			return
 		}
@@ -144,7 +143,7 @@ func accepts(accept []string, mediaType string) bool {
 
 // resolve returns what the tag src.digest stands for, to a caller that the
 // registry lets read it.
-func (n *Supernode) resolve(ctx context.Context, head bool, src *registrySource) (tag, error) {
+func (n *Supernode) resolve(ctx context.Context, src *registrySource) (tag, error) {
 	name := src.repo.String() + ":" + src.digest
 	last, known := n.tags.get(name)
 	age := time.Since(last.Checked)
@@ -155,16 +154,19 @@ func (n *Supernode) resolve(ctx context.Context, head bool, src *registrySource)
 		}
 		return tag{digest: last.Digest}, nil
 	}
+	if err := src.access.Denied(src.kind, src.repo, src.digest, src.who); err != nil {
+		return tag{}, err
+	}
 	if known {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, tagTimeout)
 		defer cancel()
 	}
 	key := src.key()
-	done := n.resolver.DoChan(fmt.Sprintf("%x %t", key[:], head), func() (any, error) {
+	done := n.resolver.DoChan(string(key[:]), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), firstByte)
 		defer cancel()
-		return n.lookup(ctx, head, name, src)
+		return n.lookup(ctx, name, src)
 	})
 	var t tag
 	var err error
@@ -186,14 +188,14 @@ func (n *Supernode) resolve(ctx context.Context, head bool, src *registrySource)
 }
 
 // lookup asks the registry with the caller's credentials, by a HEAD. Where that
-// does not say it all, or says no and the caller is to read why, by a GET.
-func (n *Supernode) lookup(ctx context.Context, head bool, name string, src *registrySource) (tag, error) {
+// does not say it all, or says no, of which only a GET has the words, by a GET.
+func (n *Supernode) lookup(ctx context.Context, name string, src *registrySource) (tag, error) {
 	m, err := n.client.Manifest(ctx, true, src.repo, src.digest, nil, src.who)
-	refusal, no := errors.AsType[*registryproxy.Refusal](err)
-	if no && (!head || !refusal.Final()) || err == nil && m.Digest == "" {
+	if _, no := errors.AsType[*registryproxy.Refusal](err); no || err == nil && m.Digest == "" {
 		m, err = n.manifest(ctx, src.repo, src.digest, nil, src.who)
 	}
 	if err != nil {
+		src.access.Deny(src.kind, src.repo, src.digest, src.who, err)
 		return tag{}, err
 	}
 	src.proved()

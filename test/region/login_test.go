@@ -76,6 +76,8 @@ type debian struct {
 	address string
 	tokens  *token.Server // nil where it wants a password
 	realm   string        // of its challenge
+	users   string        // the file with the passwords, where there are no tokens
+	log     string        // its own, a file of JSON
 }
 
 // startDebian starts an empty registry on a loopback host.
@@ -114,20 +116,26 @@ func startDebian(t *testing.T, host string, bearer bool) *debian {
 	} else {
 		hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
 		require.NoError(t, err)
-		file := filepath.Join(dir, "htpasswd")
-		require.NoError(t, os.WriteFile(file, []byte(user+":"+string(hash)+"\n"), 0o600))
+		d.users = filepath.Join(dir, "htpasswd")
+		require.NoError(t, os.WriteFile(d.users, []byte(user+":"+string(hash)+"\n"), 0o600))
 		d.realm = "tests"
-		auth = fmt.Sprintf("htpasswd: {realm: tests, path: %q}", file)
+		auth = fmt.Sprintf("htpasswd: {realm: tests, path: %q}", d.users)
 	}
 	config := filepath.Join(dir, "config.yml")
 	require.NoError(t, os.WriteFile(config, fmt.Appendf(nil, `version: 0.1
-log: {level: error, accesslog: {disabled: true}}
+log: {level: info, formatter: json, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: %q}}
 http: {addr: %q, secret: of no use with one registry, tls: {certificate: %q, key: %q}}
+validation: {manifests: {urls: {allow: ["^https://"]}}}
 auth: {%s}
 `, filepath.Join(dir, "data"), d.address, d.cert, d.own, auth), 0o600))
 	cmd := exec.CommandContext(t.Context(), program, "serve", config)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	d.log = filepath.Join(dir, "log")
+	log, err := os.Create(d.log)
+	require.NoError(t, err)
+	defer func() { _ = log.Close() }()
+	cmd.Stdout, cmd.Stderr = log, log
 	require.NoError(t, cmd.Start())
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	require.Eventually(t, func() bool {

@@ -3,6 +3,7 @@
 package token
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
@@ -19,7 +20,7 @@ import (
 	"github.com/docker/distribution/registry/auth/token"
 )
 
-// Life is how long a token is good for.
+// Life is how long a token is good for where the server does not say.
 const Life = 5 * time.Minute
 
 // Server gives users tokens for all they ask for, and anyone one to pull from
@@ -27,8 +28,10 @@ const Life = 5 * time.Minute
 type Server struct {
 	Issuer, Service string
 	Users           map[string]string // passwords
+	Below           map[string]string // users whose tokens are for repositories that begin so alone
 	Key             *rsa.PrivateKey
-	Chain           [][]byte // certificates of the key in DER, its own first
+	Chain           [][]byte      // certificates of the key in DER, its own first
+	Life            time.Duration // of a token; 0 stands for Life
 
 	issued atomic.Int64
 }
@@ -55,6 +58,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		wanted := strings.Split(actions, ",")
 		if !given {
 			wanted = slices.DeleteFunc(wanted, func(a string) bool { return a != "pull" || !strings.HasPrefix(name, "public/") })
+		} else if !strings.HasPrefix(name, s.Below[user]) {
+			wanted = nil
 		}
 		access = append(access, &token.ResourceActions{Type: kind, Name: name, Actions: wanted})
 	}
@@ -65,8 +70,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s.issued.Add(1)
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(map[string]any{"token": t, "expires_in": Life.Seconds()})
+	_ = json.NewEncoder(w).Encode(map[string]any{"token": t, "expires_in": s.life().Seconds()})
 }
+
+func (s *Server) life() time.Duration { return cmp.Or(s.Life, Life) }
 
 // sign makes a JSON Web Token.
 func (s *Server) sign(user string, access []*token.ResourceActions) (string, error) {
@@ -81,7 +88,7 @@ func (s *Server) sign(user string, access []*token.ResourceActions) (string, err
 	}
 	claims, err := json.Marshal(token.ClaimSet{
 		Issuer: s.Issuer, Subject: user, Audience: s.Service, JWTID: fmt.Sprint(now.UnixNano()),
-		IssuedAt: now.Unix(), NotBefore: now.Unix() - 5, Expiration: now.Add(Life).Unix(), Access: access,
+		IssuedAt: now.Unix(), NotBefore: now.Unix() - 5, Expiration: now.Add(s.life()).Unix(), Access: access,
 	})
 	if err != nil {
 		return "", err
