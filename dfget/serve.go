@@ -1,6 +1,7 @@
 package dfget
 
 import (
+	"context"
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ const (
 	maxTickets  = 4096    // remembered as good
 	sendStep    = 1 << 20 // bytes that a child must take
 	sendTimeout = 30 * time.Second
+	maxHeld     = 1500 * time.Millisecond // that a request waits for a piece on its way, less than minPatience
 )
 
 // tickets knows which tickets are good: those signed with the key of the
@@ -94,13 +96,6 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 	if err := p.tickets.check(r.Header.Get(api.TicketHeader), id, time.Now()); err != nil {
 		return &refused{http.StatusUnauthorized, api.Error{Code: api.CodeUnauthorized, Message: err.Error() + ": join the task at the supernode"}}
 	}
-	select {
-	case p.slots <- struct{}{}:
-		defer func() { <-p.slots }()
-	default:
-		w.Header().Set(api.RetryHeader, strconv.FormatInt(defaultBusy.Milliseconds(), 10))
-		return &refused{http.StatusServiceUnavailable, api.Error{Code: api.CodeBusy, Message: "all upload lanes are taken: come back after " + api.RetryHeader}}
-	}
 	c, err := p.store.Get(id)
 	if err != nil {
 		return &refused{http.StatusNotFound, api.Error{Code: api.CodeNotFound, Message: "this host has nothing of the task"}}
@@ -111,20 +106,33 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", c.Layout().Length))
 		return &refused{http.StatusRequestedRangeNotSatisfiable, api.Error{Code: api.CodeRange, Message: err.Error()}}
 	}
-	if !p.holds(c, off, n) {
+	began := time.Now()
+	if !p.holds(r.Context(), c, off, n) {
 		return &refused{http.StatusNotFound, api.Error{Code: api.CodeNotFound, Message: "this host lacks a piece of the range"}}
+	}
+	if ms := time.Since(began).Milliseconds(); ms > 0 {
+		w.Header().Set(api.HeldHeader, strconv.FormatInt(ms, 10))
+	}
+	select {
+	case p.slots <- struct{}{}:
+		defer func() { <-p.slots }()
+	default:
+		w.Header().Set(api.RetryHeader, strconv.FormatInt(defaultBusy.Milliseconds(), 10))
+		return &refused{http.StatusServiceUnavailable, api.Error{Code: api.CodeBusy, Message: "all upload lanes are taken: come back after " + api.RetryHeader}}
 	}
 	p.sendRange(w, r, c, off, n)
 	return nil
 }
 
-// holds tells whether all n bytes from off on are there and right. A piece that
-// turns out not to be makes the supernode hear what there is.
-func (p *Peer) holds(c *pieces.Content, off, n int64) bool {
+// holds tells whether all n bytes from off on are there and right, for which it
+// waits while they are on their way. A piece that turns out not to be makes the
+// supernode hear what there is.
+func (p *Peer) holds(ctx context.Context, c *pieces.Content, off, n int64) bool {
+	until := time.Now().Add(maxHeld)
 	have := c.Have()
 	first, end := c.Layout().Span(off, n)
 	for i := first; i < end; i++ {
-		if c.Has(i) {
+		if c.Has(i) || p.await(ctx, c, i, until) {
 			continue
 		}
 		p.mu.Lock()
@@ -135,6 +143,31 @@ func (p *Peer) holds(c *pieces.Content, off, n int64) bool {
 		return false
 	}
 	return true
+}
+
+// await waits for piece i while it is on its way, and tells whether it is there.
+func (p *Peer) await(ctx context.Context, c *pieces.Content, i int, until time.Time) bool {
+	if p.comes(c.ID(), i) {
+		ctx, cancel := context.WithDeadline(ctx, until)
+		defer cancel()
+		_ = c.Wait(ctx, i) // what matters is what there is then
+	}
+	return c.Has(i)
+}
+
+// comes tells whether a transfer is to bring piece i.
+func (p *Peer) comes(id pieces.TaskID, i int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.session == nil {
+		return false
+	}
+	for _, tr := range p.session.running {
+		if tr.task.id == id && uint(i-tr.first) < uint(tr.count) {
+			return true
+		}
+	}
+	return false
 }
 
 // sendRange answers with the range; a child that does not take it is cut off.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -31,7 +32,8 @@ type session struct {
 	conn *api.Conn[api.Down, api.Up]
 	life context.Context // of Run: what is assigned may outlive the session
 
-	// Guarded by Peer.mu.
+	mu *sync.Mutex // Peer.mu, which guards what follows
+
 	over    bool
 	seq     uint64
 	joins   map[uint64]*Stream // what waits for an answer
@@ -39,14 +41,18 @@ type session struct {
 	running map[uint64]*transfer // assigned and not ended
 	queue   []message
 	wake    chan struct{} // holds one token while the queue may hold something
+	since   time.Time     // when the queue last began to fill
+	timed   bool          // expire will be called
 }
 
 // message is one element of a batch. Its size is an estimate in bytes; after
-// one that is last nothing may follow in the same batch.
+// one that is last nothing may follow in the same batch. One that waits goes with
+// the next that does not, or in api.DoneWithin.
 type message struct {
-	size int
-	last bool
-	add  func(*api.Up)
+	size  int
+	last  bool
+	waits bool
+	add   func(*api.Up)
 }
 
 // leaveMessage is last: what follows it, such as a Join of the same task, would
@@ -74,11 +80,37 @@ func (s *session) send(m message) {
 	if s.over {
 		return
 	}
+	if len(s.queue) == 0 {
+		s.since = time.Now()
+	}
 	s.queue = append(s.queue, m)
+	switch {
+	case !m.waits:
+		s.awake()
+	case !s.timed:
+		s.timed = true
+		time.AfterFunc(api.DoneWithin, s.expire)
+	}
+}
+
+// awake has the queue written.
+func (s *session) awake() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
+}
+
+// expire has what waits in the queue written when it has waited for long enough.
+func (s *session) expire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if left := api.DoneWithin - time.Since(s.since); left > 0 && len(s.queue) > 0 && !s.over {
+		time.AfterFunc(left, s.expire)
+		return
+	}
+	s.timed = false
+	s.awake()
 }
 
 // report is send for who does not hold Peer.mu.
@@ -180,7 +212,7 @@ func (p *Peer) dial(ctx context.Context, base string) (*session, ed25519.PublicK
 		err = fmt.Errorf("the supernode at %s sent no key for tickets", base)
 	default:
 		return &session{
-			base: base, conn: conn,
+			base: base, conn: conn, mu: &p.mu,
 			joins: make(map[uint64]*Stream), nums: make(map[int32]*task), running: make(map[uint64]*transfer),
 			wake: make(chan struct{}, 1),
 		}, ed25519.PublicKey(w.TicketKey), nil

@@ -163,7 +163,7 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 	if err := accepted(resp, off, end); err != nil {
 		return err
 	}
-	p.answered(time.Since(began))
+	p.answered(max(time.Since(began)-held(resp), 0))
 	lead := min(tr.left.Load()/2, max(p.lead(), maxWait))
 	body := &watched{r: resp.Body, got: func(n int) {
 		timer.Reset(patience)
@@ -206,6 +206,15 @@ func accepted(resp *http.Response, off, end int64) error {
 		retry = time.Duration(min(ms, maxBusy.Milliseconds())) * time.Millisecond
 	}
 	return &failure{why: api.Busy, retry: retry, err: err}
+}
+
+// held returns for how long the parent waited for a piece before it answered.
+func held(resp *http.Response) time.Duration {
+	ms, err := strconv.ParseInt(resp.Header.Get(api.HeldHeader), 10, 64)
+	if err != nil {
+		return 0
+	}
+	return time.Duration(min(max(ms, 0), maxHeld.Milliseconds())) * time.Millisecond
 }
 
 // watched tells of every byte that is read.
@@ -278,12 +287,13 @@ func (p *Peer) came(tr *transfer, n int) {
 
 // done reports a piece, and has the content completed when it was the last one.
 func (p *Peer) done(tr *transfer, i int) {
-	tr.task.touch(time.Now())
+	now := time.Now()
+	tr.task.touch(now)
 	have := tr.content.Have()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	tr.session.send(message{size: 24, add: func(u *api.Up) {
-		u.Done = append(u.Done, api.Done{Transfer: tr.id, Piece: i})
+	tr.session.send(message{size: 24, waits: tr.told, add: func(u *api.Up) {
+		u.Done = append(u.Done, api.Done{Transfer: tr.id, Piece: i, AgoMS: time.Since(now).Milliseconds()})
 	}})
 	if have.Full() && !tr.task.complete {
 		p.checkLocked(tr.session.life, tr.task)
@@ -358,7 +368,7 @@ func (p *Peer) lead() int64 {
 	return int64(2 * time.Duration(p.answers.Load()).Seconds() * float64(p.rate.Load()))
 }
 
-// soon tells that a transfer ends soon.
+// soon tells that a transfer ends soon: its pieces may be asked for from now on.
 func (p *Peer) soon(tr *transfer) {
 	tr.told = true
 	p.report(tr.session, message{size: 16, add: func(u *api.Up) { u.Soon = append(u.Soon, tr.id) }})

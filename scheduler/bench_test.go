@@ -56,7 +56,7 @@ func benchmarkDecisions(b *testing.B, hosts, n int) {
 		ended++
 		now = now.Add(time.Microsecond)
 		for i := range d.Count {
-			s.Done(now, d.Host, d.Transfer, d.First+i)
+			s.Done(now, d.Host, d.Transfer, d.First+i, 0)
 		}
 		told := s.Decisions()
 		decided += len(told)

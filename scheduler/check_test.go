@@ -90,6 +90,9 @@ func checkPeer(s *Scheduler, p *peer) error {
 		for _, tr := range p.host.downs {
 			if tr.child == p && tr.covers(i) && !tr.reopened {
 				coming++
+				if tr.soon && !p.have.has(i) {
+					return fmt.Errorf("piece %d is promised and not had", i)
+				}
 			}
 		}
 		if coming > 1 {
@@ -154,10 +157,10 @@ func checkZone(t *task, z *zone) error {
 			}
 			for _, tr := range p.host.downs {
 				if tr.child == p && tr.covers(i) {
-					if !tr.late {
+					if !tr.late && !tr.soon {
 						n++
 					}
-					if tr.link != nil && p.host.up > 0 {
+					if tr.link != nil && !tr.soon && p.host.up > 0 {
 						crossing++
 					}
 				}
@@ -208,7 +211,7 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 		if tr.covers(i) && !p.have.has(i) {
 			return fmt.Errorf("parent lacks piece %d", i)
 		}
-		if tr.covers(i) && c.have.has(i) {
+		if tr.covers(i) && c.have.has(i) && !c.promised(i) {
 			return fmt.Errorf("child has piece %d", i)
 		}
 	}
@@ -216,10 +219,13 @@ func checkTransfer(s *Scheduler, tr *transfer) error {
 }
 
 func checkHost(h *host) error {
-	in, thin, reopened := 0, 0, 0
+	in, thin, reopened, soon := 0, 0, 0, 0
 	for _, tr := range h.downs {
 		if tr.reopened {
 			reopened++
+		}
+		if tr.soon {
+			soon++
 		}
 		if !tr.reopened && !tr.soon {
 			in++
@@ -228,18 +234,21 @@ func checkHost(h *host) error {
 			}
 		}
 	}
-	if reopened != h.reopened {
-		return fmt.Errorf("%d downloads reopened, counted %d", reopened, h.reopened)
+	if reopened != h.reopened || soon != h.ending {
+		return fmt.Errorf("%d downloads reopened and %d about to end, counted %d and %d", reopened, soon, h.reopened, h.ending)
 	}
 	if in != h.in || thin != h.thinIn {
 		return fmt.Errorf("%d download lanes in use, %d thinly, counted %d and %d", in, thin, h.in, h.thinIn)
 	}
-	if in-min(thin, h.down) > h.down || len(h.downs) > most*h.down {
+	if in-min(thin, h.down) > h.down || len(h.downs)-soon > most*h.down || soon > (mostSoon+most)*h.down {
 		return fmt.Errorf("%d downloads, %d download lanes in use of %d, %d thinly", len(h.downs), in, h.down, thin)
 	}
 	out := 0
-	thin = 0
+	thin, soon = 0, 0
 	for _, tr := range h.ups {
+		if tr.soon {
+			soon++
+		}
 		if !tr.late && !tr.soon {
 			out++
 			if tr.thinUp {
@@ -247,10 +256,10 @@ func checkHost(h *host) error {
 			}
 		}
 	}
-	if out != h.out || thin != h.thinOut {
+	if out != h.out || thin != h.thinOut || soon != h.leaving {
 		return fmt.Errorf("%d upload lanes in use, %d thinly, counted %d and %d", out, thin, h.out, h.thinOut)
 	}
-	if out-min(thin, h.up) > h.up || len(h.ups) > most*h.up {
+	if out-min(thin, h.up) > h.up || len(h.ups)-soon > most*h.up {
 		return fmt.Errorf("%d uploads, %d upload lanes in use of %d, %d thinly", len(h.ups), out, h.up, thin)
 	}
 	if h.lent > h.up || h.lent < min(h.up, 1) {

@@ -19,7 +19,7 @@
 //
 // # A piece, as seen from one peer
 //
-//	           assign                     Done, Have
+//	           assign                  Soon, Done, Have
 //	need ------------------> on the way ----------------> have
 //	 ^ ^                      |       |                    |
 //	 | +------ end -----------+       | second             |
@@ -34,8 +34,8 @@
 //	                         |                   |                      |
 //	                    Soon |                   | the parent's lane    | so is the
 //	                         v                   | is free again        | child's
-//	      both lanes are free again              v                      v
-//	                         |               end, by: the last piece (Done), the same
+//	 both lanes are free again,                  v                      v
+//	 its pieces count as had       end, by: the last piece (Done), the same
 //	                         +-------------> pieces from elsewhere (cancel), Failed,
 //	                                         HostDown, Leave, Lost, TaskRemove
 //
@@ -88,7 +88,10 @@
 // of 30 hosts that costs a quarter of the throughput. So the child says when a
 // transfer is about to end (Soon), early by as much as this way takes, and what
 // is assigned then begins at once: for the moment that the two overlap, the links
-// carry one transfer more.
+// carry one transfer more. Others may be sent to the child for the pieces from then
+// on: until they have heard of it and asked, the pieces are there, or they wait for
+// them. So nothing hangs on when Done comes, which can go along with whatever the
+// host says next: an assignment takes two messages in place of three.
 //
 // Parents choose first (lend before fill). That is worth 4 % with 300 hosts.
 //

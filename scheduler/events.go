@@ -146,7 +146,7 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 		switch {
 		case have.Has(i) && !p.have.has(i):
 			s.gain(p, i, nil)
-		case !have.Has(i) && p.have.has(i):
+		case !have.Has(i) && p.have.has(i) && !p.promised(i):
 			s.lose(p, i)
 		}
 	}
@@ -202,7 +202,7 @@ func (s *Scheduler) Lost(now time.Time, host HostID, task TaskID, first, count i
 		return
 	}
 	for i := first; i < first+count; i++ {
-		if p.have.has(i) {
+		if p.have.has(i) && !p.promised(i) {
 			s.lose(p, i)
 		}
 	}
@@ -267,34 +267,61 @@ func (p *peer) coming(i int) bool {
 	return false
 }
 
-// Done notes that one verified piece of a transfer has come. The last one ends
-// the transfer.
-func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int) {
+// promised tells whether p counts as having piece i because a transfer is about to
+// have brought it.
+func (p *peer) promised(i int) bool {
+	for _, tr := range p.host.downs {
+		if tr.child == p && tr.soon && tr.covers(i) {
+			return true
+		}
+	}
+	return false
+}
+
+// Done notes that one verified piece of a transfer has come, so long ago. The last
+// one ends the transfer.
+func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int, ago time.Duration) {
 	s.clock(now)
 	tr := s.find(id)
 	if tr == nil || tr.child.host.id != host || !tr.covers(piece) {
 		return
 	}
-	s.measure(tr, piece)
+	at := max(s.now-max(ago, 0), tr.since)
+	s.measure(tr, piece, at)
 	child, parent := tr.child, tr.parent.host
-	child.host.delivered(s.now)
-	parent.succeeded(s.now)
-	s.gain(child, piece, tr)
+	child.host.delivered(at)
+	parent.succeeded(at)
+	if child.have.has(piece) {
+		s.arrived(child, piece, tr)
+	} else {
+		s.gain(child, piece, tr)
+	}
 	s.changed(child)
 }
 
-// Soon notes that the last bytes of a transfer are on their way: its lanes may
-// have their next one, which will begin when this one ends or just before.
+// Soon notes that the last bytes of a transfer are on their way. Its lanes may
+// have their next one, which will begin when this one ends or just before; and
+// its pieces count as had: who asks the child for one too early will wait there
+// for it. Done has to follow within Config.Report, or Failed, which takes them back.
 func (s *Scheduler) Soon(now time.Time, host HostID, id TransferID) {
 	s.clock(now)
 	tr := s.find(id)
 	if tr == nil || tr.child.host.id != host || tr.soon || tr.late {
 		return
 	}
+	child, parent := tr.child, tr.parent.host
 	tr.soon = true
 	tr.vacate(true, true)
-	s.queue(tr.parent.host)
-	s.queue(tr.child.host)
+	child.host.ending++
+	parent.leaving++
+	child.host.lastRecv, parent.lastSent = s.now, s.now
+	for left := tr.left; left != 0; left &= left - 1 {
+		i := tr.first + bits.TrailingZeros64(left)
+		child.take(i)
+		child.dropCopy(i) // which was on the way and now is there
+	}
+	s.queue(parent)
+	s.changed(child)
 }
 
 // Failed notes that the rest of a transfer will not come. For a busy parent,
@@ -363,6 +390,11 @@ func (t *task) includes(first, count int) bool {
 // transfer that brought it and needs no cancelling.
 func (s *Scheduler) gain(p *peer, i int, by *transfer) {
 	p.take(i)
+	s.arrived(p, i, by)
+}
+
+// arrived is gain for a piece that p counts as having.
+func (s *Scheduler) arrived(p *peer, i int, by *transfer) {
 	downs := p.host.downs
 	for k := 0; k < len(downs); k++ {
 		tr := downs[k]
@@ -370,7 +402,7 @@ func (s *Scheduler) gain(p *peer, i int, by *transfer) {
 			continue
 		}
 		tr.left &^= 1 << (i - tr.first)
-		if !tr.late {
+		if !tr.late && !tr.soon {
 			s.dropCopy(p, i)
 		}
 		if tr.left != 0 {

@@ -20,6 +20,7 @@ type host struct {
 	out             int         // of ups, those that hold an upload lane
 	in              int         // of downs, those that hold a download lane
 	reopened        int         // of downs, those that others are to bring as well
+	ending, leaving int         // of downs and ups, those whose last bytes are on their way
 	thinOut, thinIn int         // of out and in, those that leave most of their lane free
 
 	peers   map[TaskID]*peer
@@ -43,9 +44,13 @@ type host struct {
 	distrusted bool // it has accused too many to be believed
 }
 
-// most is how many transfers for each of its lanes a host has at most: one that
-// runs, one that ends soon, and one that lags or leaves most of a lane free.
-const most = 3
+// How many transfers a host has at most for each of its lanes: one that runs and one
+// that lags or leaves most of a lane free; and besides those that were about to end
+// when last heard of.
+const (
+	most     = 2
+	mostSoon = 4
+)
 
 // sends tells whether h has an upload lane free. A slow host has but one.
 func (h *host) sends(now time.Duration, slow bool) bool {
@@ -53,7 +58,7 @@ func (h *host) sends(now time.Duration, slow bool) bool {
 	if slow {
 		lanes = 1
 	}
-	return h.out-min(h.thinOut, h.up) < lanes && len(h.ups) < most*h.up && now >= h.sendRests && !h.banned
+	return h.out-min(h.thinOut, h.up) < lanes && len(h.ups)-h.leaving < most*h.up && now >= h.sendRests && !h.banned
 }
 
 // receives is sends for downloads.
@@ -62,7 +67,7 @@ func (h *host) receives(now time.Duration, slow bool) bool {
 	if slow {
 		lanes = 1
 	}
-	return h.in-min(h.thinIn, h.down) < lanes && len(h.downs) < most*h.down && now >= h.recvRests
+	return h.in-min(h.thinIn, h.down) < lanes && len(h.downs)-h.ending < most*h.down && h.ending < mostSoon*h.down && now >= h.recvRests
 }
 
 // gets tells whether h gets something from parent now.

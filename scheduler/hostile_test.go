@@ -77,7 +77,7 @@ func crowdBeside(t *testing.T, hostile, lanes int, soon bool) time.Duration {
 			default:
 				delete(due, d.Transfer)
 				for i := range d.Count {
-					s.Done(now, d.Host, d.Transfer, d.First+i)
+					s.Done(now, d.Host, d.Transfer, d.First+i, 0)
 					lacking--
 				}
 			}

@@ -309,7 +309,7 @@ func (s *Scheduler) feedRare(c *peer) bool {
 func (s *Scheduler) feedAgain(c *peer) bool {
 	t := c.task
 	for _, p := range t.seeds {
-		idle := len(p.host.ups) == 0 && len(c.host.downs) == 0 && s.now-c.host.lastRecv > s.cfg.LagFloor
+		idle := len(p.host.ups) == p.host.leaving && len(c.host.downs) == c.host.ending && s.now-c.host.lastRecv > s.cfg.LagFloor
 		if p.has < t.n && !idle && !c.lazy || !s.seedSends(p, c) || s.freshFor(c, p) >= 0 || !s.mayBring(c, p) {
 			s.offer(p)
 			continue

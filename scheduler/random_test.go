@@ -22,6 +22,7 @@ type region struct {
 	told []Decision          // assignments that have not ended
 	left map[TransferID]int  // pieces that have not come
 	ever map[TransferID]bool // was told
+	soon map[TransferID]bool // was said to end soon
 	bad  map[HostID]bool     // send wrong bytes
 	dead map[HostID]bool     // cannot be reached, though their session stands
 }
@@ -31,7 +32,7 @@ func newRegion(seed uint64) *region {
 	cfg.CrossOnce = seed%2 == 1
 	return &region{
 		s: New(cfg, rand.New(rand.NewPCG(seed, 1))), rnd: rand.New(rand.NewPCG(seed, 2)), now: time.Unix(1000, 0),
-		spec: map[HostID]Host{}, n: map[TaskID]int{}, part: map[HostID]map[TaskID]*pieces.Set{}, left: map[TransferID]int{}, ever: map[TransferID]bool{},
+		spec: map[HostID]Host{}, n: map[TaskID]int{}, part: map[HostID]map[TaskID]*pieces.Set{}, left: map[TransferID]int{}, ever: map[TransferID]bool{}, soon: map[TransferID]bool{},
 		bad: map[HostID]bool{}, dead: map[HostID]bool{},
 	}
 }
@@ -60,7 +61,7 @@ func (r *region) settle() error {
 		}
 		for p := d.First; p < d.First+d.Count; p++ {
 			// The child may have a piece by a transfer whose Cancel was on its way.
-			if !parent.Has(p) {
+			if !parent.Has(p) && !r.promised(d.Parent, d.Task, p) {
 				return fmt.Errorf("%+v: parent lacks %d", d, p)
 			}
 		}
@@ -78,6 +79,7 @@ func (r *region) follow() {
 		d := r.told[i]
 		if r.rnd.IntN(3) == 0 {
 			r.s.Soon(r.now, d.Host, d.Transfer)
+			r.soon[d.Transfer] = true
 			return
 		}
 		why, fails := Failure(0), true
@@ -105,8 +107,15 @@ func (r *region) follow() {
 		if set := r.part[d.Host][d.Task]; set != nil {
 			set.Add(p)
 		}
-		r.s.Done(r.now, d.Host, d.Transfer, p)
+		r.s.Done(r.now, d.Host, d.Transfer, p, time.Duration(r.rnd.IntN(1000))*time.Millisecond)
 	}
+}
+
+// promised tells whether the host has said that the piece is about to be there.
+func (r *region) promised(host HostID, task TaskID, p int) bool {
+	return slices.ContainsFunc(r.told, func(d Decision) bool {
+		return d.Host == host && d.Task == task && r.soon[d.Transfer] && d.First <= p && p < d.First+d.Count
+	})
 }
 
 func (r *region) hostUp() {
@@ -223,7 +232,7 @@ func (r *region) lie() {
 	}
 	huge := []int{-1, 0, 1 << 40, 1<<63 - 1, -1 << 63, 77}
 	a, b := huge[r.rnd.IntN(len(huge))], huge[r.rnd.IntN(len(huge))]
-	r.s.Done(r.now, id, tr, a)
+	r.s.Done(r.now, id, tr, a, time.Duration(b))
 	r.s.Failed(r.now, id, tr, Failure(r.rnd.IntN(9)-2), -time.Hour)
 	if r.n[task] < 78 {
 		r.s.Have(r.now, id, task, a, b)

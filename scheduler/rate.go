@@ -39,9 +39,9 @@ func (r *rate) note(took time.Duration, bytes int64) {
 	}
 }
 
-// measure learns from the piece that tr has brought.
-func (s *Scheduler) measure(tr *transfer, piece int) {
-	took, size := s.now-tr.since, tr.child.task.layout.Size(piece)
+// measure learns from the piece that tr has brought at a time.
+func (s *Scheduler) measure(tr *transfer, piece int, at time.Duration) {
+	took, size := at-tr.since, tr.child.task.layout.Size(piece)
 	switch {
 	case size < pieces.MinPieceSize || took <= 0:
 	case tr.link != nil:
@@ -50,7 +50,7 @@ func (s *Scheduler) measure(tr *transfer, piece int) {
 		tr.child.host.recvRate.note(took, size)
 		tr.parent.host.sendRate.note(took, size)
 	}
-	tr.since = s.now
+	tr.since = at
 }
 
 // census finds what is typical: the median over some hosts, so that no host can
@@ -109,6 +109,9 @@ func (s *Scheduler) lags(tr *transfer, times int) bool {
 	limit := firstPatience
 	if known {
 		limit = max(time.Duration(s.cfg.Lag)*expected, s.cfg.LagFloor+expected)
+	}
+	if tr.soon {
+		limit += s.cfg.Report
 	}
 	return s.now-tr.since > time.Duration(times)*limit
 }

@@ -73,6 +73,8 @@ type Config struct {
 	// LagFloor how much longer at least, until a second parent is sought.
 	Lag      int
 	LagFloor time.Duration
+	// Report is how long after Soon the Done of a transfer may come.
+	Report time.Duration
 	// Accusers is how many hosts must report wrong bytes of a host to have it
 	// banned, and also how many unconfirmed reports of its own make a host
 	// unbelievable.
@@ -85,7 +87,7 @@ type Config struct {
 
 // DefaultConfig returns the figures the policy was measured with.
 func DefaultConfig() Config {
-	return Config{Sample: 8, Run: 20 * time.Millisecond, Lag: 4, LagFloor: 200 * time.Millisecond, Accusers: 2}
+	return Config{Sample: 8, Run: 20 * time.Millisecond, Lag: 4, LagFloor: 200 * time.Millisecond, Report: time.Second, Accusers: 2}
 }
 
 // Scheduler decides who sends which piece to whom. It is one goroutine's.

@@ -260,7 +260,7 @@ func (r *script) report(name string, n int, args []string, as string) error {
 		first, count = piece, 1
 	}
 	for i := range count {
-		r.s.Done(r.now, host, d.Transfer, first+i)
+		r.s.Done(r.now, host, d.Transfer, first+i, 0)
 	}
 	if r.s.find(d.Transfer) == nil {
 		r.open = slices.DeleteFunc(r.open, func(o int) bool { return o == n })

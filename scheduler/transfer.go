@@ -25,7 +25,7 @@ type transfer struct {
 	thinUp        bool          // the child takes a fraction of what the parent's lane gives,
 	thinDown      bool          // or the parent gives a fraction of what the child's takes
 	link          *link         // that it crosses, where the rule is for it
-	soon          bool          // its lanes are given away: its last bytes are on their way
+	soon          bool          // its last bytes are on their way: its lanes are given away, and the child counts as having its pieces
 	late          bool          // it lags: it holds no upload lane, its pieces are no copies
 	reopened      bool          // it is late and its pieces may be had from a second parent
 }
@@ -135,15 +135,6 @@ func (s *Scheduler) newTransfer() *transfer {
 // child, which needs it again, and to the count of copies.
 func (s *Scheduler) end(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
-	for left := tr.left; left != 0; left &= left - 1 {
-		i := tr.first + bits.TrailingZeros64(left)
-		if !tr.late {
-			s.dropCopy(tr.child, i)
-		}
-		if !tr.reopened {
-			tr.child.reopen(i)
-		}
-	}
 	c.downs = without(c.downs, tr)
 	if tr.reopened {
 		c.reopened--
@@ -152,10 +143,37 @@ func (s *Scheduler) end(tr *transfer) {
 	p.ups[j], p.ups[last] = p.ups[last], nil
 	p.ups = p.ups[:last]
 	tr.vacate(!tr.late && !tr.soon, !tr.reopened && !tr.soon)
+	if tr.soon {
+		c.ending--
+		p.leaving--
+	}
+	ended := *tr
 	*tr = transfer{id: tr.id + 1<<slotBits}
 	s.free = append(s.free, tr)
+	s.giveBack(&ended)
 	s.queue(p)
 	s.queue(c)
+}
+
+// giveBack makes what tr, which has ended, has not brought something that its
+// child needs. What it had promised nobody gets from the child any more.
+func (s *Scheduler) giveBack(tr *transfer) {
+	for left := tr.left; left != 0; left &= left - 1 {
+		i := tr.first + bits.TrailingZeros64(left)
+		switch {
+		case tr.soon:
+			s.lose(tr.child, i)
+			continue
+		case !tr.late:
+			s.dropCopy(tr.child, i)
+		}
+		if !tr.reopened {
+			tr.child.reopen(i)
+		}
+	}
+	if tr.soon && tr.left != 0 {
+		s.changed(tr.child)
+	}
 }
 
 // cancel ends tr and tells the child.

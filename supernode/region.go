@@ -211,7 +211,7 @@ func (r *region) up(s *session, up *api.Up) {
 		}
 	}
 	for _, d := range up.Done {
-		r.done(now, s, scheduler.TransferID(d.Transfer), d.Piece)
+		r.done(now, s, d)
 	}
 	for _, id := range up.Soon {
 		r.sched.Soon(now, s.id, scheduler.TransferID(id))

@@ -8,6 +8,8 @@ import (
 	"damselfly.dev/supernode/api"
 )
 
+const maxAgo = time.Minute // that a host may say a piece came before it says so
+
 // transfer is one that a host has been told to make.
 type transfer struct {
 	task         *task
@@ -63,7 +65,8 @@ func (r *region) decide() {
 }
 
 // done notes a piece that has come.
-func (r *region) done(now time.Time, s *session, id scheduler.TransferID, piece int) {
+func (r *region) done(now time.Time, s *session, d api.Done) {
+	id, piece := scheduler.TransferID(d.Transfer), d.Piece
 	tr, ok := s.transfers[id]
 	if !ok || piece < tr.first || piece >= tr.first+tr.count {
 		return
@@ -80,7 +83,8 @@ func (r *region) done(now time.Time, s *session, id scheduler.TransferID, piece 
 	} else {
 		s.transfers[id] = tr
 	}
-	r.sched.Done(now, s.id, id, piece)
+	ago := time.Duration(min(max(d.AgoMS, 0), maxAgo.Milliseconds())) * time.Millisecond
+	r.sched.Done(now, s.id, id, piece, ago)
 }
 
 // failures says what the scheduler and the metrics call a failure.
@@ -88,7 +92,6 @@ var failures = map[api.Failure]struct {
 	why    scheduler.Failure
 	result string
 }{
-
 	api.Busy:    {scheduler.Busy, resultBusy},
 	api.Gone:    {scheduler.Gone, resultGone},
 	api.Corrupt: {scheduler.Corrupt, resultCorrupt},

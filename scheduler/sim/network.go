@@ -17,6 +17,9 @@ const (
 	tickEvery = 0.1 // seconds, as the supernode does
 	downAfter = 1.0 // seconds from a host's death to the end of its session
 	soon      = -1  // the piece of a report that a transfer ends soon
+
+	// reportPart is how much of the time that a report may wait it waits at most.
+	reportPart = 0.5
 )
 
 // network is a scenario under way. Hosts follow decisions as scheduler.Decision
@@ -56,8 +59,10 @@ type node struct {
 	id       scheduler.HostID
 	up, down link
 	have     pieces.Set
-	flows    []*flow // to it, in the order told
-	sends    []*flow // from it, those that wait for their first byte or flow
+	waits    []*flow  // from it, for pieces that are about to come to it
+	said     []report // that go with the next one, or a while after they were made
+	flows    []*flow  // to it, in the order told
+	sends    []*flow  // from it, those that wait for their first byte or flow
 	joined   bool
 	dead     bool // and is not waited for
 	gone     bool // and cannot be reached
@@ -87,6 +92,7 @@ type (
 	// report is on its way to the scheduler.
 	report struct {
 		at    float64
+		made  float64
 		host  scheduler.HostID
 		id    scheduler.TransferID
 		piece int                             // or soon
@@ -226,7 +232,7 @@ func (n *network) step() {
 				n.sched.Soon(now, r.host, r.id)
 				return
 			}
-			n.sched.Done(now, r.host, r.id, r.piece)
+			n.sched.Done(now, r.host, r.id, r.piece, seconds(n.now-r.made))
 		})
 	}
 }
@@ -266,8 +272,36 @@ func (n *network) count(d scheduler.Decision) {
 }
 
 // report is tell after the way from a host to the scheduler.
-func (n *network) report(do func(now time.Time, n *network)) {
-	n.up.push(report{at: n.now + n.Control.Seconds(), do: do})
+func (n *network) report(do func(now time.Time, n *network)) { n.say(nil, report{do: do}) }
+
+// say sends r on its way from x, after what waits to be said.
+func (n *network) say(x *node, r report) {
+	r.at, r.made = n.now+n.Control.Seconds(), n.now
+	if x != nil {
+		n.flush(x)
+	}
+	n.up.push(r)
+}
+
+// done reports a piece that f brings. When it is known that f ends soon that can
+// wait for the next report.
+func (n *network) done(f *flow) {
+	x, r := f.to, report{made: n.now, host: f.to.id, id: f.d.Transfer, piece: f.piece}
+	if !f.soon {
+		n.say(x, r)
+		return
+	}
+	if x.said = append(x.said, r); len(x.said) == 1 {
+		n.timers.set(n.now+n.Policy.Report.Seconds()*reportPart, func() { n.flush(x) })
+	}
+}
+
+func (n *network) flush(x *node) {
+	for _, r := range x.said {
+		r.at = n.now + n.Control.Seconds()
+		n.up.push(r)
+	}
+	x.said = x.said[:0]
 }
 
 func (n *network) tick() {
@@ -328,7 +362,7 @@ func (n *network) skip(f *flow) bool {
 		if !f.to.have.Has(f.piece) {
 			return false
 		}
-		n.up.push(report{at: n.now + n.Control.Seconds(), host: f.to.id, id: f.d.Transfer, piece: f.piece})
+		n.done(f)
 	}
 	n.stop(f)
 	return true
@@ -344,6 +378,10 @@ func (n *network) begin(f *flow) {
 	if f.stopped {
 		return
 	}
+	if !f.from.Seed && !f.there() {
+		f.from.waits = append(f.from.waits, f)
+		return
+	}
 	add := func(l *link) { f.links[f.crossed] = l; f.crossed++ }
 	add(&f.from.up)
 	if n.ZoneLink > 0 && f.from.Zone != f.to.Zone {
@@ -356,9 +394,25 @@ func (n *network) begin(f *flow) {
 	n.fair(f)
 }
 
+// there tells whether f's parent has all that f has still to bring.
+func (f *flow) there() bool {
+	n := f.d.First + f.d.Count - f.piece
+	return f.from.have.Run(f.piece, n) == n
+}
+
+// came lets those begin that wait for a piece that x has now.
+func (n *network) came(x *node) {
+	waits := x.waits
+	x.waits = nil
+	for _, f := range waits {
+		n.begin(f)
+	}
+}
+
 // stop ends f.
 func (n *network) stop(f *flow) {
 	f.stopped = true
+	f.from.waits = without(f.from.waits, f)
 	f.to.flows = without(f.to.flows, f)
 	if f.started {
 		f.from.sends = without(f.from.sends, f)
@@ -408,7 +462,7 @@ func (n *network) lead(f *flow) float64 {
 func (n *network) arrived(f *flow) {
 	if n.lead(f) > 0 {
 		f.left, f.since, f.soon = max(f.left-f.rate*(n.now-f.since), 0), n.now, true
-		n.up.push(report{at: n.now + n.Control.Seconds(), host: f.to.id, id: f.d.Transfer, piece: soon})
+		n.say(f.to, report{host: f.to.id, id: f.d.Transfer, piece: soon})
 		n.expect(f)
 		return
 	}
@@ -429,7 +483,8 @@ func (n *network) arrived(f *flow) {
 			n.result.Last = x.result.Done
 		}
 	}
-	n.up.push(report{at: n.now + n.Control.Seconds(), host: x.id, id: f.d.Transfer, piece: f.piece})
+	n.done(f)
+	n.came(x)
 	if f.piece++; f.piece == f.d.First+f.d.Count {
 		n.stop(f)
 		return

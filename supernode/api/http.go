@@ -16,6 +16,9 @@ func ContentPath(id pieces.TaskID) string { return TasksPath + "/" + string(id) 
 const (
 	// TicketHeader carries a ticket on a request for content.
 	TicketHeader = "Damselfly-Ticket"
+	// HeldHeader says in the answer of a parent how many milliseconds it waited for a
+	// piece that was on its way to it.
+	HeldHeader = "Damselfly-Held-Ms"
 	// RetryHeader says in a 503 from a parent that is busy when to come back,
 	// in milliseconds.
 	RetryHeader = "Damselfly-Retry-Ms"

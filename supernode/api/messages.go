@@ -3,12 +3,14 @@
 package api
 
 import (
+	"time"
+
 	"damselfly.dev/pieces"
 )
 
 // Version is the version of the session's messages. A supernode refuses a host
 // of another version; fields may be added without a new one.
-const Version = 3
+const Version = 4
 
 // MaxLanes bounds the lanes of a host each way.
 const MaxLanes = 256
@@ -23,7 +25,10 @@ type Up struct {
 	Done   []Done   `cbor:"5,keyasint,omitempty"`
 	Failed []Failed `cbor:"6,keyasint,omitempty"`
 	Leave  []Leave  `cbor:"7,keyasint,omitempty"`
-	Soon   []uint64 `cbor:"8,keyasint,omitempty"` // transfers that end soon, past half of their bytes: their lanes may have their next one
+	// Soon are transfers that end soon, past half of their bytes: their lanes may have
+	// their next one, and others may be sent to this host for their pieces, which it
+	// lets wait until those are there. Done follows within DoneWithin, or Failed.
+	Soon []uint64 `cbor:"8,keyasint,omitempty"`
 }
 
 // Down is one batch from the supernode to a host. Welcome stands alone in the
@@ -144,7 +149,12 @@ func (w Want) Runs(n int) []Run {
 type Done struct {
 	Transfer uint64 `cbor:"1,keyasint"`
 	Piece    int    `cbor:"2,keyasint"`
+	AgoMS    int64  `cbor:"3,keyasint,omitempty"` // when it came, in milliseconds before this was sent
 }
+
+// DoneWithin is how long a host may keep back the Done of a transfer after its Soon,
+// so that it goes along with whatever is to be said next.
+const DoneWithin = 500 * time.Millisecond
 
 // Failure says why a transfer ended early.
 type Failure int

@@ -208,6 +208,8 @@ type host struct {
 	coming   []*transfer
 	assigned time.Time // when last
 	out      api.Up
+	came     []time.Time // when the pieces of out.Done did
+	timed    bool        // late will be called
 	asked    []time.Time // since when lanes may have their next
 	idle     []time.Time // since when lanes have nothing
 }
@@ -225,6 +227,8 @@ type transfer struct {
 func (h *host) due(d due) {
 	tr := d.tr
 	switch {
+	case d.late:
+		h.late()
 	case tr == nil:
 		h.join()
 	case tr.ended:
@@ -234,7 +238,13 @@ func (h *host) due(d due) {
 		h.ask(tr)
 	default:
 		h.out.Done = append(h.out.Done, api.Done{Transfer: tr.id, Piece: tr.piece})
-		h.says()
+		h.came = append(h.came, h.loop.now)
+		if !tr.soon {
+			h.says()
+		} else if !h.timed {
+			h.timed = true
+			h.loop.after(h.loop.now, api.DoneWithin, due{h: h, late: true})
+		}
 		h.have.Add(tr.piece)
 		tr.piece++
 		tr.left--
@@ -248,6 +258,20 @@ func (h *host) due(d due) {
 			h.leave()
 		}
 	}
+}
+
+// late sends what has been kept back for long enough.
+func (h *host) late() {
+	h.timed = false
+	if len(h.came) == 0 {
+		return
+	}
+	if left := api.DoneWithin - h.loop.now.Sub(h.came[0]); left > 0 {
+		h.timed = true
+		h.loop.after(h.loop.now, left, due{h: h, late: true})
+		return
+	}
+	h.says()
 }
 
 // lasts is how long a lane takes for n pieces.
@@ -317,8 +341,11 @@ func (h *host) leave() {
 // flush sends what the host has to say.
 func (h *host) flush() error {
 	h.saying = false
+	for i, at := range h.came {
+		h.out.Done[i].AgoMS = h.loop.now.Sub(at).Milliseconds()
+	}
 	err := h.write(&h.out)
-	h.out = api.Up{Done: h.out.Done[:0], Soon: h.out.Soon[:0]}
+	h.out, h.came = api.Up{Done: h.out.Done[:0], Soon: h.out.Soon[:0]}, h.came[:0]
 	return err
 }
 

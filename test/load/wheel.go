@@ -27,6 +27,7 @@ type due struct {
 	h    *host
 	tr   *transfer
 	soon bool
+	late bool
 }
 
 func newWheel(seed uint64) *wheel {
