@@ -41,7 +41,7 @@ func TestScenarios(t *testing.T) {
 	require.NoError(t, programs.Build(t.Context(), dir))
 	e := env{bin: dir, short: true}
 	out := filepath.Join(dir, "rows.json")
-	require.NoError(t, e.measure(t.Context(), "flash|killed|zones", out))
+	require.NoError(t, e.measure(t.Context(), "flash|killed|zones|private", out))
 	require.FileExists(t, out)
 
 	seen := map[string]float64{} // by scenario and the end of the name
@@ -60,6 +60,8 @@ func TestScenarios(t *testing.T) {
 		"flash peak memory, dfdaemon":          {1, 200},
 		"killed last of the others":            {0.5, 60}, // half of the link time
 		"killed origin copies":                 {1, 1},
+		"private HEADs for one host, at most":  {1, 1},
+		"private origin copies":                {1, 1},
 		"zones copies that cross":              {1, 1.1},
 		"zones no rule, copies that cross":     {1, 8},
 		"zones far zone over its bound":        {0.9, 100},

@@ -31,6 +31,7 @@ var scenarios = []scenario{
 	{"killed", "one host's dfdaemon killed halfway: what the others lose", killed},
 	{"slowest", "one host at a hundredth of the others' rate: what the others lose", slowest},
 	{"zones", "two zones with a thin link between, with the zone rule and without", zones},
+	{"private", "30 hosts with credentials of their own: a private blob, beside the same as a public one", private},
 	{"cpu", "processor time of all parts together, beside nginx and curl", cpu},
 	{"single", "one host pulls a blob that nobody has had: time, first byte, CPU", single},
 	{"layers", "an image of 40 layers of 20 KB: cold, and when the supernode has it", layers},

@@ -178,6 +178,7 @@ type crowd struct {
 	hosts  []int                           // indexes; nil is all
 	start  func(i int) float64             // seconds to wait first; nil is at once
 	direct bool                            // straight from the origin
+	login  func(i int) string              // as whom host i asks for it as a private blob; nil is as nobody
 	during func(ctx context.Context) error // runs beside it
 	doomed func(i int) bool                // who need not end, and is stopped when all others have
 }
@@ -222,7 +223,7 @@ func (r *region) together(ctx context.Context, b blob, c crowd, p *pull, began t
 	var doomed sync.WaitGroup
 	for _, i := range c.hosts {
 		if !c.lives(i) {
-			doomed.Go(func() { r.curl(ending, i, b, c.direct) })
+			doomed.Go(func() { r.curl(ending, i, b, c) })
 			continue
 		}
 		g.Go(func() error {
@@ -232,7 +233,7 @@ func (r *region) together(ctx context.Context, b blob, c crowd, p *pull, began t
 				}
 			}
 			p.started[i] = time.Since(began).Seconds()
-			err := r.curl(gctx, i, b, c.direct)
+			err := r.curl(gctx, i, b, c)
 			p.ended[i] = time.Since(began).Seconds()
 			return err
 		})
@@ -286,13 +287,17 @@ func (r *region) counts(ctx context.Context, b blob) (copies [3]float64, err err
 func (r *region) file(i int) string { return filepath.Join(r.hosts[i].Host.Dir(), "pulled") }
 
 // curl pulls the blob on host i.
-func (r *region) curl(ctx context.Context, i int, b blob, direct bool) error {
+func (r *region) curl(ctx context.Context, i int, b blob, c crowd) error {
 	d := r.hosts[i]
-	url := d.Mirror() + programs.BlobPath(b.digest) + "?ns=" + programs.RegistryName
-	if direct {
-		url = r.origin.URL() + programs.BlobPath(b.digest)
+	path, args := programs.BlobPath(b.digest), []string{"--fail", "--silent", "--show-error", "--output", r.file(i)}
+	if c.login != nil {
+		path, args = programs.PrivateBlobPath(b.digest), append(args, "--user", c.login(i))
 	}
-	cmd := exec.Command("curl", "--fail", "--silent", "--show-error", "--output", r.file(i), url) //nolint:gosec // G204: our own
+	url := d.Mirror() + path + "?ns=" + programs.RegistryName
+	if c.direct {
+		url = r.origin.URL() + path
+	}
+	cmd := exec.Command("curl", append(args, url)...) //nolint:gosec // G204: our own
 	return d.Host.Run(ctx, "curl", cmd)
 }
 

@@ -23,6 +23,7 @@ type accessLog struct {
 // A Request is a line of a registry's own log.
 type Request struct {
 	Client       netip.Addr
+	User         string // of its Basic credentials, "-" for none
 	Method, Path string
 	Status       int
 	Bytes        int64 // of the body as sent
@@ -44,7 +45,7 @@ func (l *accessLog) Forget() error {
 }
 
 // accessLine is the combined log format.
-var accessLine = regexp.MustCompile(`^(\S+) \S+ \S+ \[[^\]]*\] "(\S+) (\S+) [^"]*" (\d+) (\d+) `)
+var accessLine = regexp.MustCompile(`^(\S+) \S+ (\S+) \[[^\]]*\] "(\S+) (\S+) [^"]*" (\d+) (\d+) `)
 
 // Requests are what the registry has answered since the last push or Forget.
 // It writes them down when the answer has ended.
@@ -77,8 +78,8 @@ func parse(line string) (Request, bool) {
 		return Request{}, false
 	}
 	client, errClient := netip.ParseAddr(m[1])
-	status, errStatus := strconv.Atoi(m[4])
-	n, errBytes := strconv.ParseInt(m[5], 10, 64)
-	path, _, _ := strings.Cut(m[3], "?")
-	return Request{Client: client, Method: m[2], Path: path, Status: status, Bytes: n}, errors.Join(errClient, errStatus, errBytes) == nil
+	status, errStatus := strconv.Atoi(m[5])
+	n, errBytes := strconv.ParseInt(m[6], 10, 64)
+	path, _, _ := strings.Cut(m[4], "?")
+	return Request{Client: client, User: m[2], Method: m[3], Path: path, Status: status, Bytes: n}, errors.Join(errClient, errStatus, errBytes) == nil
 }

@@ -22,9 +22,11 @@ const (
 	// ManifestType is that of all manifests of an Nginx.
 	ManifestType = "application/vnd.oci.image.manifest.v1+json"
 
-	// repoPath is the only repository of an Nginx, blobsPath where all its blobs are.
-	repoPath  = "/v2/bench/blobs/"
-	blobsPath = repoPath + "blobs/"
+	// repoPath is the repository of an Nginx, blobsPath where all its blobs are, and
+	// privatePath where they are for who has a name and a password.
+	repoPath    = "/v2/bench/blobs/"
+	blobsPath   = repoPath + "blobs/"
+	privatePath = "/v2/bench/private/blobs/"
 )
 
 // An Nginx is the cheapest registry there is: nginx, its blobs files that it
@@ -48,15 +50,18 @@ events { worker_connections 4096; }
 http {
   access_log %[1]s/access.log combined; sendfile on; tcp_nopush on; keepalive_requests 1000000;
   client_body_temp_path %[1]s/t1; proxy_temp_path %[1]s/t2; fastcgi_temp_path %[1]s/t3; uwsgi_temp_path %[1]s/t4; scgi_temp_path %[1]s/t5;
+  map $http_authorization $stranger { default 1; "~^Basic ." 0; }
+  map $stranger $challenge { 1 'Basic realm="bench"'; default ''; }
   server {
     listen %[2]s; root %[1]s/root;
+    location %[5]s { alias %[1]s/root%[4]s; add_header WWW-Authenticate $challenge always; if ($stranger) { return 401; } }
     location = /v2/ { return 200 "{}"; }
     location ~ /manifests/(sha256:|of-)([0-9a-f]+)$ {
       types { } default_type %[3]s; add_header Docker-Content-Digest sha256:$2; try_files %[4]ssha256:$2 =404;
     }
   }
 }
-`, dir, at, ManifestType, blobsPath)
+`, dir, at, ManifestType, blobsPath, privatePath)
 	config := filepath.Join(dir, "nginx.conf")
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return nil, fmt.Errorf("write nginx's configuration: %w", err)
@@ -101,6 +106,9 @@ func (n *Nginx) Remove(digest string) error { return os.Remove(filepath.Join(n.b
 // BlobPath is the path of a blob's URL, at the registry and at a mirror that
 // takes it for the namespace RegistryName.
 func BlobPath(digest string) string { return blobsPath + digest }
+
+// PrivateBlobPath is BlobPath in a repository that is not for everyone.
+func PrivateBlobPath(digest string) string { return privatePath + digest }
 
 // ManifestPath is the path of a blob that is a manifest, when it is asked for as one.
 func ManifestPath(digest string) string { return repoPath + "manifests/" + digest }

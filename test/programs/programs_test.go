@@ -16,8 +16,8 @@ import (
 func TestParse(t *testing.T) {
 	client := netip.MustParseAddr("10.77.0.3")
 	for line, want := range map[string]Request{
-		`10.77.0.3 - - [21/Nov/2026:04:46:37 +0000] "GET /v2/demo/app/blobs/sha256:ab?ns=x HTTP/1.1" 206 1234 "" "containerd/1.6"`: {client, "GET", "/v2/demo/app/blobs/sha256:ab", 206, 1234},
-		`10.77.0.3 - - [21/Nov/2026:04:46:37 +0000] "HEAD /v2/demo/app/manifests/v1 HTTP/1.1" 404 0 "" "x"`:                        {client, "HEAD", "/v2/demo/app/manifests/v1", 404, 0},
+		`10.77.0.3 - - [21/Nov/2026:04:46:37 +0000] "GET /v2/demo/app/blobs/sha256:ab?ns=x HTTP/1.1" 206 1234 "" "containerd/1.6"`: {client, "-", "GET", "/v2/demo/app/blobs/sha256:ab", 206, 1234},
+		`10.77.0.3 - alice [21/Nov/2026:04:46:37 +0000] "HEAD /v2/demo/app/manifests/v1 HTTP/1.1" 404 0 "" "x"`:                    {client, "alice", "HEAD", "/v2/demo/app/manifests/v1", 404, 0},
 	} {
 		if got, ok := parse(line); !ok || got != want {
 			t.Errorf("%s: %+v, %v", line, got, ok)
