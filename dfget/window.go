@@ -66,5 +66,5 @@ func (p *Peer) ahead(s *Stream) int {
 	p.mu.Lock()
 	readers := len(s.task.streams)
 	p.mu.Unlock()
-	return max(1, min(lazyRun, int(pieces.Window(l)/l.PieceSize)*3/4/max(1, readers)))
+	return max(1, min(lazyRun, int(s.content.Room()/l.PieceSize)*3/4/max(1, readers)))
 }

@@ -291,6 +291,10 @@ func (s *Store) create(m Meta) (c *Content, trash []string, err error) {
 	}
 	t = newTask(s, m)
 	more, err := s.makeRoomLocked(t.room)
+	for err != nil && m.Window && t.room/2 >= leastPieces*m.Layout.PieceSize {
+		t.room /= 2
+		more, err = s.makeRoomLocked(t.room)
+	}
 	trash = append(trash, more...)
 	if err != nil {
 		return nil, trash, err

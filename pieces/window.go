@@ -13,9 +13,17 @@ import (
 const (
 	windowPieces = 8
 	windowBytes  = 16 << 20
+	leastPieces  = 4 // where there is no room for more
 )
 
-// Window returns how many bytes a window of content with layout l has at least.
+// Room returns how many bytes readers may count on being kept for them.
+func (c *Content) Room() int64 {
+	c.store.mu.Lock()
+	defer c.store.mu.Unlock()
+	return min(c.room, Window(c.layout))
+}
+
+// Window returns how many bytes a window of content with layout l has, if it may.
 func Window(l Layout) int64 { return min(l.Length, max(windowPieces*l.PieceSize, windowBytes)) }
 
 // reading is a run of pieces that are on their way to somebody: they are not
