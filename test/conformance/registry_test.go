@@ -5,16 +5,13 @@ package conformance_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -23,15 +20,14 @@ import (
 	"github.com/olareg/olareg"
 	"github.com/olareg/olareg/config"
 	"github.com/opencontainers/go-digest"
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
 
-	"damselfly.dev/dfdaemon"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode"
 	"damselfly.dev/test/meter"
+	"damselfly.dev/test/region"
 )
 
 const (
@@ -229,18 +225,6 @@ func (s target) url(registry, path string) string {
 	return u + "?ns=" + registry
 }
 
-// run runs what serve does until the test ends.
-func run(t *testing.T, serve func(context.Context) error) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	ended := make(chan error, 1)
-	go func() { ended <- serve(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		require.NoError(t, <-ended)
-	})
-}
-
 func quiet(t *testing.T) *zap.Logger {
 	t.Helper()
 	return zaptest.NewLogger(t, zaptest.Level(zap.ErrorLevel))
@@ -248,34 +232,25 @@ func quiet(t *testing.T) *zap.Logger {
 
 func startSupernode(t *testing.T, registries registryproxy.Config) (base string) {
 	t.Helper()
-	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	require.NoError(t, err)
 	cfg := supernode.Default()
-	cfg.DataDir, cfg.Listen, cfg.Registries = t.TempDir(), ln.Addr().String(), registries
-	s, err := supernode.New(cfg, quiet(t), prometheus.NewRegistry())
-	require.NoError(t, err)
-	run(t, func(ctx context.Context) error { return s.Run(ctx, ln) })
-	return "http://" + ln.Addr().String()
+	cfg.DataDir, cfg.Listen, cfg.Registries = t.TempDir(), "127.0.0.1:0", registries
+	address, _, _ := region.StartSupernode(t, cfg, quiet(t))
+	return "http://" + address
 }
 
 // startHost runs a dfdaemon in the region of a supernode, "" for none.
 func startHost(t *testing.T, registries registryproxy.Config, centre string) (base string) {
 	t.Helper()
-	cfg := dfdaemon.Default()
-	cfg.DataDir, cfg.Socket = filepath.Join(t.TempDir(), "data"), ""
-	cfg.MirrorListen, cfg.PeerListen, cfg.MetricsListen = "127.0.0.1:0", "127.0.0.1:0", ""
+	cfg := region.Host(t)
 	cfg.Registries = registries
 	if centre != "" {
 		cfg.Supernodes = []string{centre}
 	}
-	reg := prometheus.NewRegistry()
-	d, err := dfdaemon.New(cfg, quiet(t), reg)
-	require.NoError(t, err)
-	run(t, d.Run)
+	d, metrics, _ := region.StartHost(t, cfg, quiet(t))
 	if centre != "" {
-		require.Eventually(t, func() bool { return meter.Value(t, reg, "damselfly_session_up", "") == 1 }, 30*time.Second, 10*time.Millisecond)
+		require.Eventually(t, func() bool { return meter.Value(t, metrics, "damselfly_session_up", "") == 1 }, 30*time.Second, 10*time.Millisecond)
 		t.Cleanup(func() {
-			require.Zero(t, meter.Value(t, reg, "damselfly_fallbacks_total", ""), "streams went past the region")
+			require.Zero(t, meter.Value(t, metrics, "damselfly_fallbacks_total", ""), "streams went past the region")
 		})
 	}
 	return "http://" + d.MirrorAddr()

@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +25,8 @@ import (
 	"damselfly.dev/dfdaemon"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode"
+	"damselfly.dev/test/meter"
+	"damselfly.dev/test/region"
 )
 
 // registryName is the registry as engines name it.
@@ -47,39 +47,11 @@ type node struct {
 
 func (n *node) url() string { return "http://" + n.address }
 
-// run runs what serve does until the node's end.
-func (n *node) run(t *testing.T, serve func(context.Context) error) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	ended := make(chan error, 1)
-	go func() { ended <- serve(ctx) }()
-	n.end = func() {
-		t.Helper()
-		cancel()
-		err := <-ended
-		ended <- nil
-		require.NoError(t, err)
-	}
-	t.Cleanup(n.end)
-}
-
 // value returns the sum of a metric over those of its series that have the label
 // value, all with "".
-func (n *node) value(t *testing.T, metric, label string) (sum float64) {
+func (n *node) value(t *testing.T, metric, label string) float64 {
 	t.Helper()
-	families, err := n.metrics.Gather()
-	require.NoError(t, err)
-	for _, f := range families {
-		if f.GetName() != metric {
-			continue
-		}
-		for _, m := range f.GetMetric() {
-			if label == "" || len(m.GetLabel()) > 0 && m.GetLabel()[0].GetValue() == label {
-				sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
-			}
-		}
-	}
-	return sum
+	return meter.Value(t, n.metrics, metric, label)
 }
 
 func registries(o *origin) registryproxy.Config {
@@ -103,18 +75,19 @@ func startSupernodeFor(t *testing.T, from registryproxy.Config, dir, address str
 	if address == "" {
 		address = "127.0.0.1:0"
 	}
-	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
-	require.NoError(t, err)
 	cfg := supernode.Default()
-	cfg.DataDir, cfg.Listen, cfg.Registries = dir, ln.Addr().String(), from
+	cfg.DataDir, cfg.Listen, cfg.Registries = dir, address, from
 	for _, e := range edit {
 		e(&cfg)
 	}
-	n := &node{metrics: prometheus.NewRegistry(), address: ln.Addr().String()}
-	s, err := supernode.New(cfg, zaptest.NewLogger(t, zaptest.Level(zap.InfoLevel)), n.metrics)
-	require.NoError(t, err)
-	n.run(t, func(ctx context.Context) error { return s.Run(ctx, ln) })
+	n := &node{}
+	n.address, n.metrics, n.end = region.StartSupernode(t, cfg, infoLog(t))
 	return n
+}
+
+func infoLog(t *testing.T) *zap.Logger {
+	t.Helper()
+	return zaptest.NewLogger(t, zaptest.Level(zap.InfoLevel))
 }
 
 // startHost runs an agent with an empty store, and waits for its session. Other
@@ -126,14 +99,10 @@ func startHost(t *testing.T, o *origin, centre *node, f *fault) *node {
 
 func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *fault, changes ...func(*dfdaemon.Config)) *node {
 	t.Helper()
-	dir := t.TempDir()
-	cfg := dfdaemon.Default()
-	cfg.DataDir, cfg.Socket = filepath.Join(dir, "data"), ""
-	loopback := "127.0.0.1:0"
+	cfg := region.Host(t)
 	if centre != nil && strings.HasPrefix(centre.address, "[::1]:") {
-		loopback = "[::1]:0"
+		cfg.MirrorListen, cfg.PeerListen = "[::1]:0", "[::1]:0"
 	}
-	cfg.MirrorListen, cfg.PeerListen, cfg.MetricsListen = loopback, loopback, ""
 	cfg.Registries = from
 	for _, change := range changes {
 		change(&cfg)
@@ -146,14 +115,11 @@ func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *faul
 		require.NoError(t, err)
 		cfg.Advertise = u.Host
 	}
-	n := &node{metrics: prometheus.NewRegistry()}
-	d, err := dfdaemon.New(cfg, zaptest.NewLogger(t, zaptest.Level(zap.InfoLevel)), n.metrics)
-	require.NoError(t, err)
+	d, metrics, end := region.StartHost(t, cfg, infoLog(t))
+	n := &node{metrics, d.MirrorAddr(), d.ProxyAddr(), end}
 	if f != nil {
 		f.target.Store(&url.URL{Scheme: "http", Host: d.PeerAddr()})
 	}
-	n.address, n.proxy = d.MirrorAddr(), d.ProxyAddr()
-	n.run(t, d.Run)
 	if centre != nil && centre.metrics != nil {
 		require.Eventually(t, func() bool { return n.value(t, "damselfly_session_up", "") == 1 }, waitLimit, waitTick)
 	}
