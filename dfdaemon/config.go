@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -29,9 +32,14 @@ type Config struct {
 	// Where the agent listens, as host:port. Without PeerListen it takes pieces
 	// and gives none; without MetricsListen nobody can look.
 	MirrorListen, PeerListen, MetricsListen string
-	// Socket is the path of the control socket, "" for none. SocketGroup may use
-	// it too, if set; else only the agent's own user.
+	// MirrorHosts are names by which the mirror may be asked beside addresses, names
+	// without a dot, the machine's own and that of MirrorListen: a web page can have a
+	// name of its own lead here.
+	MirrorHosts []string
+	// Socket is the path of the control socket, "" for none. Beside root and the
+	// agent's own user those of SocketGroup may use it, or SocketUsers, if set.
 	Socket, SocketGroup string
+	SocketUsers         []string
 
 	// Quota is the most bytes of content kept, 0 for no bound. More means fewer
 	// pulls of the same content; it should hold a few images at the least.
@@ -118,6 +126,10 @@ func (c Config) Validate() error {
 		return fmt.Errorf("keep-free %d, scrub-rate %d: want 0 or more", c.KeepFree, c.ScrubRate)
 	case c.UpLanes < 1 || c.UpLanes > api.MaxLanes || c.DownLanes < 1 || c.DownLanes > api.MaxLanes:
 		return fmt.Errorf("up-lanes %d, down-lanes %d: want 1 to %d", c.UpLanes, c.DownLanes, api.MaxLanes)
+	case runtime.GOOS != "linux" && len(c.SocketUsers) > 0:
+		return errors.New("socket-users: only Linux tells them apart, use socket-group")
+	case c.SocketGroup != "" && len(c.SocketUsers) > 0:
+		return errors.New("socket-group and socket-users: name either")
 	case len(c.Zone) > 64 || len(c.Rack) > 64:
 		return errors.New("zone and rack: want at most 64 bytes")
 	}
@@ -131,6 +143,31 @@ func (c Config) Validate() error {
 		return err
 	}
 	return c.Registries.Validate()
+}
+
+// forThisHost has h answer what names this host. Else a web page whose name leads
+// here could read what programs of this host can.
+func (c Config) forThisHost(h http.Handler) http.Handler {
+	names := []string{}
+	if own, err := os.Hostname(); err == nil {
+		names = append(names, strings.ToLower(own))
+	}
+	if host, _, err := net.SplitHostPort(c.MirrorListen); err == nil {
+		names = append(names, strings.ToLower(host))
+	}
+	for _, name := range c.MirrorHosts {
+		names = append(names, strings.ToLower(name))
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !api.NamesThisHost(r, names...) {
+			registryproxy.WriteError(w, &registryproxy.Error{
+				Status: http.StatusForbidden, Code: "DENIED",
+				Message: "the mirror is not asked by this name: ask it by its address, or start dfdaemon with --mirror-hosts",
+			})
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 const (

@@ -85,6 +85,7 @@ func (c *control) content(g *gin.Context) {
 		refuse(g, http.StatusBadRequest, api.CodeBadRequest, "the body is not a request for content: "+err.Error())
 		return
 	}
+	_ = http.NewResponseController(g.Writer).SetReadDeadline(time.Time{}) // the body has come; the answer may take its time
 	request, err := dfget.URLRequest(in.URL, in.Digest, in.Headers)
 	if err != nil {
 		refuse(g, http.StatusBadRequest, api.CodeBadRequest, err.Error())

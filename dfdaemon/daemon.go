@@ -21,6 +21,7 @@ import (
 	"damselfly.dev/dfget"
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
 )
 
 // The settings of addresses.
@@ -33,6 +34,12 @@ const (
 // drainTime is how long running answers may take once the agent is to end.
 const drainTime = 5 * time.Second
 
+// Of each listener.
+const (
+	maxConnections = 4096
+	maxOfAddress   = 512 // several hosts may be behind one
+)
+
 // Daemon is an agent. It holds its store and its listeners from New on until
 // Run returns.
 type Daemon struct {
@@ -42,8 +49,9 @@ type Daemon struct {
 	peer      *dfget.Peer
 	addr      map[string]string // host:port of the TCP listeners, by setting
 	servers   []*server
-	tunnels   *tunnels    // nil without a forward proxy
-	ready     atomic.Bool // Run serves and is not about to end
+	refused   prometheus.Counter // connections
+	tunnels   *tunnels           // nil without a forward proxy
+	ready     atomic.Bool        // Run serves and is not about to end
 }
 
 // server is a server and what it accepts on.
@@ -98,6 +106,7 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 	if m.metrics, err = newMetrics(reg, d.store); err != nil {
 		return err
 	}
+	d.refused = m.metrics.refused
 	if err = d.openPeer(cfg, reg); err != nil {
 		return err
 	}
@@ -106,7 +115,7 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 	if err != nil {
 		return err
 	}
-	s.Handler = m.handler()
+	s.Handler = api.Bounded(cfg.forThisHost(m.handler()))
 	if cfg.Proxy.Listen != "" {
 		if err = d.openProxy(cfg.Proxy, m, reg); err != nil {
 			return err
@@ -116,14 +125,20 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 		if s, err = d.listen(cfg.MetricsListen, metricsListen); err != nil {
 			return err
 		}
-		s.Handler = d.health(reg)
+		s.Handler = api.Bounded(d.health(reg))
 	}
 	if cfg.Socket != "" {
-		ln, err := listenSocket(cfg.Socket, cfg.SocketGroup)
+		users, err := userIDs(cfg.SocketUsers)
 		if err != nil {
 			return err
 		}
-		d.add(ln).Handler = (&control{d, m}).handler()
+		ln, err := listenSocket(cfg.Socket, cfg.SocketGroup, len(users) > 0)
+		if err != nil {
+			return err
+		}
+		s = d.add(ln)
+		s.ConnContext = withUser
+		s.Handler = api.Bounded(forUsers(users, cfg.SocketGroup != "", (&control{d, m}).handler()))
 	}
 	return nil
 }
@@ -171,7 +186,7 @@ func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 		}
 	}
 	if d.peer, err = dfget.NewPeer(peer, d.store, d.log, reg); err == nil && s != nil {
-		s.Handler = d.peer.Handler()
+		s.Handler = api.Bounded(d.peer.Handler())
 	}
 	return err
 }
@@ -192,9 +207,7 @@ func (d *Daemon) listen(addr, setting string) (*server, error) {
 
 func (d *Daemon) add(ln net.Listener) *server {
 	s := &server{ln: ln}
-	s.ReadHeaderTimeout = 10 * time.Second
-	s.IdleTimeout = 2 * time.Minute
-	s.MaxHeaderBytes = 64 << 10
+	(&api.Gate{All: maxConnections, Each: maxOfAddress}).Guard(&s.Server, d.refused.Inc)
 	s.ErrorLog, _ = zap.NewStdLogAt(d.log, zap.ErrorLevel) // panics come here; the level is a valid one
 	d.servers = append(d.servers, s)
 	return s

@@ -25,6 +25,7 @@ type metrics struct {
 	requests *prometheus.CounterVec
 	direct   *prometheus.CounterVec
 	first    *prometheus.HistogramVec
+	refused  prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error) {
@@ -37,6 +38,10 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 			Name: "damselfly_mirror_direct_total",
 			Help: "Requests but for blobs that went past the region to the registry.",
 		}, []string{"kind"}),
+		refused: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "damselfly_connections_refused_total",
+			Help: "Connections closed at once: there were as many as may be.",
+		}),
 		first: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "damselfly_first_byte_seconds",
 			Help:    "Time from a request of an engine to the first byte of its answer.",
@@ -60,7 +65,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, read)
 	}
 	for _, c := range []prometheus.Collector{
-		m.requests, m.direct, m.first,
+		m.requests, m.direct, m.first, m.refused,
 		usage("damselfly_cache_bytes", "Bytes of content the store has room for set aside.",
 			func(u pieces.Usage) int64 { return u.Reserved }),
 		usage("damselfly_cache_limit_bytes", "Most bytes of content the store may keep, 0 for no bound.",

@@ -1,25 +1,31 @@
 package dfdaemon
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
+	"net/http"
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"syscall"
+
+	"damselfly.dev/supernode/api"
 )
 
 // maxSocketPath is the longest path that a socket can have, in bytes.
 const maxSocketPath = 107
 
-// listenSocket opens the control socket for its owner alone, or with group set
-// for that group too. What a killed process has left there is replaced; a socket
+// listenSocket opens the control socket for its owner alone, with group set for
+// that group too, or for all, of whom forUsers chooses. What a killed process has left there is replaced; a socket
 // that answers is not.
-func listenSocket(path, group string) (net.Listener, error) {
-	ln, err := openSocket(path, group)
+func listenSocket(path, group string, all bool) (net.Listener, error) {
+	ln, err := openSocket(path, group, all)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("control socket %s: %w: choose a path this user may write with --socket, or none with --socket=", path, err)
@@ -29,7 +35,7 @@ func listenSocket(path, group string) (net.Listener, error) {
 	return ln, nil
 }
 
-func openSocket(path, group string) (net.Listener, error) {
+func openSocket(path, group string, all bool) (net.Listener, error) {
 	mode, gid := fs.FileMode(0o600), -1
 	if group != "" {
 		var err error
@@ -37,6 +43,9 @@ func openSocket(path, group string) (net.Listener, error) {
 			return nil, err
 		}
 		mode = 0o660
+	}
+	if all {
+		mode = 0o666
 	}
 	temp := path + ".new" // it gets its name when it has its mode
 	if len(temp) > maxSocketPath {
@@ -115,4 +124,51 @@ func groupID(group string) (int, error) {
 		return 0, err
 	}
 	return strconv.Atoi(g.Gid)
+}
+
+// userIDs returns the ids of users by their names or numbers.
+func userIDs(users []string) ([]uint32, error) {
+	var ids []uint32
+	for _, name := range users {
+		text := name
+		if u, err := user.Lookup(name); err == nil {
+			text = u.Uid
+		}
+		id, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("socket-users %q: there is no such user", name)
+		}
+		ids = append(ids, uint32(id))
+	}
+	return ids, nil
+}
+
+// peerKey is of the user at the other end of a connection, in its context.
+type peerKey struct{}
+
+// withUser notes who is at the other end, as the kernel says.
+func withUser(ctx context.Context, c net.Conn) context.Context {
+	if id, ok := peerUser(c); ok {
+		return context.WithValue(ctx, peerKey{}, id)
+	}
+	return ctx
+}
+
+// forUsers has h answer root, the agent's own user and users; with group whoever the
+// socket's mode has let in.
+func forUsers(users []uint32, group bool, h http.Handler) http.Handler {
+	users = append([]uint32{0, uint32(os.Geteuid())}, users...)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, known := r.Context().Value(peerKey{}).(uint32)
+		if !group && (!known || !slices.Contains(users, id)) {
+			w.Header().Set("Content-Type", "application/json")
+			w.Header().Set(api.ErrorHeader, api.CodeForbidden)
+			w.WriteHeader(http.StatusForbidden)
+			_ = json.NewEncoder(w).Encode(api.Error{ // to who may be gone
+				Code: api.CodeForbidden, Message: "the control socket is for root and dfdaemon's own user: start dfdaemon with --socket-users or --socket-group",
+			})
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 }

@@ -43,6 +43,9 @@ type Config struct {
 	// machine, which may look. ProtectMetrics has /metrics ask for a token, too.
 	Tokens         string
 	ProtectMetrics bool
+	// AddressConnections bounds the connections from one address, 0 for no bound, and
+	// as many sessions. Raise it where many hosts come from behind one.
+	AddressConnections int
 	// Registries says how registries are reached.
 	Registries registryproxy.Config
 	// TagFreshness is how long the registry is not asked again what a tag or a
@@ -65,6 +68,8 @@ func Default() Config {
 		KeepFree:     5 << 30,
 		ScrubRate:    16 << 20,
 		StaleFor:     24 * time.Hour,
+
+		AddressConnections: 512,
 	}
 }
 
@@ -85,6 +90,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("%d upload lanes: want 1 to %d", c.UpLanes, api.MaxLanes)
 	case c.ProtectMetrics && c.Tokens == "":
 		return errors.New("protect-metrics needs tokens: name their file")
+	case c.AddressConnections < 0:
+		return fmt.Errorf("at most %d connections from an address: want 0 or more", c.AddressConnections)
 	case c.MaxHosts < 1:
 		return fmt.Errorf("at most %d hosts: want 1 or more", c.MaxHosts)
 	case c.KeepFree < 0 || c.ScrubRate < 0:

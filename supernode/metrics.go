@@ -29,6 +29,7 @@ type metrics struct {
 	transfers      map[string]prometheus.Counter // by result
 	verifyFailures prometheus.Counter
 	staleTags      prometheus.Counter
+	refused        prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error) {
@@ -48,6 +49,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		tasks:          gauge("damselfly_tasks", "Tasks being distributed."),
 		verifyFailures: counter("damselfly_verify_failures_total", "Pieces and contents whose bytes were found wrong."),
 		staleTags:      counter("damselfly_stale_answers_total", "Manifests served as last known, with the registry out of reach."),
+		refused:        counter("damselfly_connections_refused_total", "Connections closed at once: there were as many as may be."),
 		transfers:      map[string]prometheus.Counter{},
 	}
 	transfers := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -65,7 +67,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, read)
 	}
 	for _, c := range []prometheus.Collector{
-		m.originBytes, m.uniqueBytes, m.sentBytes, m.crossingBytes, m.fetches, m.hosts, m.tasks, transfers, m.verifyFailures, m.staleTags,
+		m.originBytes, m.uniqueBytes, m.sentBytes, m.crossingBytes, m.fetches, m.hosts, m.tasks, transfers, m.verifyFailures, m.staleTags, m.refused,
 		usage("damselfly_cache_bytes", "Bytes reserved by the contents kept.", func(u pieces.Usage) int64 { return u.Reserved }),
 		usage("damselfly_cache_limit_bytes", "Most bytes of content kept, 0 for no bound.", func(u pieces.Usage) int64 { return u.Quota }),
 		usage("damselfly_cache_evictions_total", "Contents evicted to make room.", func(u pieces.Usage) int64 { return int64(u.Evicted) }),

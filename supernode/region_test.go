@@ -259,7 +259,7 @@ func TestSessionsThatDoNotKeepToTheProtocolEnd(t *testing.T) {
 			require.Error(t, err)
 		})
 	}
-	require.Eventually(t, func() bool { return r.sessions.Load() == 0 }, wait, poll)
+	require.Eventually(t, func() bool { return r.sessions.Len() == 0 }, wait, poll)
 	dial(t, r, "one")
 	dial(t, r, "two")
 	_, err := api.Dial(t.Context(), http.DefaultClient, r.url)

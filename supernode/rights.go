@@ -162,7 +162,7 @@ func (g *rights) want(role Role) gin.HandlerFunc {
 // check returns why a request may not have what takes a role; 0 when it may.
 func (g *rights) check(r *http.Request, role Role) (status int, code, why string) {
 	if g.file == nil {
-		if role == RoleRead && api.OfThisHost(r) {
+		if role == RoleRead && api.OfThisHost(r) && api.NamesThisHost(r) {
 			return 0, "", ""
 		}
 		return http.StatusForbidden, api.CodeForbidden,

@@ -19,7 +19,7 @@ import (
 func (r *testRegion) asked(method, path, from, token string) *httptest.ResponseRecorder {
 	r.t.Helper()
 	q := httptest.NewRequestWithContext(r.t.Context(), method, path, nil)
-	q.RemoteAddr = from
+	q.RemoteAddr, q.Host = from, "127.0.0.1:8002"
 	if token != "" {
 		q.Header.Set("Authorization", "Bearer "+token)
 	}
@@ -45,6 +45,11 @@ func TestRights(t *testing.T) {
 	for path, want := range map[string]int{"/v1/tasks": 403, "/v1/hosts": 403, "/metrics": 200, "/healthz": 200, "/readyz": 200} {
 		require.Equal(t, want, shut.asked("GET", path, afar, "").Code, path)
 	}
+	page := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://rebound.test/v1/tasks", nil)
+	page.RemoteAddr = near
+	w := httptest.NewRecorder()
+	shut.Handler().ServeHTTP(w, page)
+	require.Equal(t, 403, w.Code, "of a web page whose name leads here")
 	require.Equal(t, 403, shut.asked("DELETE", "/v1/tasks/"+d, near, "").Code)
 
 	reader, readLine, err := NewToken("ci", RoleRead)

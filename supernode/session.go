@@ -22,14 +22,19 @@ import (
 
 const (
 	helloTimeout = 5 * time.Second
-	joinTimeout  = time.Minute      // hosts turn elsewhere long before
-	askingEvery  = time.Second      // how often a host is told what it waits for
-	smallTimeout = time.Second      // for all of a small content, before the answer
-	maxJoins     = 256              // joins of a session being answered
-	maxQueued    = 16 << 20         // bytes waiting for a slow reader, roughly
-	maxUsed      = 4                // places in a queue that is used again
-	frameSize    = api.MaxFrame / 2 // bounds one message
-	batchSize    = 32 << 10         // where a frame is full: its first message is read when its last has come
+	joinTimeout  = time.Minute // hosts turn elsewhere long before
+	askingEvery  = time.Second // how often a host is told what it waits for
+	smallTimeout = time.Second // for all of a small content, before the answer
+	maxJoins     = 256         // joins of a session being answered
+	// joinsPerSecond and joinsAtOnce bound what of the registries' and the region's
+	// time one host can take: the many small layers of some images, and all it was at
+	// after a reconnect.
+	joinsPerSecond = 100
+	joinsAtOnce    = 2000
+	maxQueued      = 16 << 20         // bytes waiting for a slow reader, roughly
+	maxUsed        = 4                // places in a queue that is used again
+	frameSize      = api.MaxFrame / 2 // bounds one message
+	batchSize      = 32 << 10         // where a frame is full: its first message is read when its last has come
 
 	// itemsPerSecond and itemsAtOnce bound what a host may say: a piece of
 	// 256 KiB each at 40 Gbit/s, and all it holds after a reconnect.
@@ -121,12 +126,12 @@ func (s *session) stop() {
 
 // serveSession is the life of a session.
 func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
-	if n.sessions.Add(1) > int64(n.cfg.MaxHosts) {
-		n.sessions.Add(-1)
-		writeError(w, http.StatusServiceUnavailable, api.CodeTooManyHosts, "this supernode has as many hosts as it may")
+	if !n.sessions.Enter(r.RemoteAddr) {
+		n.metrics.refused.Inc()
+		writeError(w, http.StatusServiceUnavailable, api.CodeTooManyHosts, "this supernode has as many hosts as it may, in all or from one address")
 		return
 	}
-	defer n.sessions.Add(-1)
+	defer n.sessions.Leave(r.RemoteAddr)
 	conn, err := api.Accept(w, r)
 	if err != nil {
 		return
@@ -209,6 +214,7 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 // read acts on what the host sends, until it goes.
 func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 	limit := rate.NewLimiter(itemsPerSecond, itemsAtOnce)
+	joinLimit := rate.NewLimiter(joinsPerSecond, joinsAtOnce)
 	for {
 		up, err := s.conn.Read(context.Background()) // hangUp ends it
 		if err != nil {
@@ -227,6 +233,10 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 		joins := up.Join
 		s.node.region.post(event{session: s, up: &up})
 		for _, j := range joins {
+			if !joinLimit.Allow() {
+				s.refuse(j.Seq, errTooMany)
+				continue
+			}
 			select {
 			case s.joins <- struct{}{}:
 				wg.Go(func() {

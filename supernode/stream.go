@@ -174,9 +174,9 @@ func (s *stream) spool() error {
 	_ = s.root.Remove(name) // it goes with the last use of f; else the next start removes it
 	file := &spooled{File: f, all: &s.spooling}
 	for err == nil {
-		if err = s.mayUse(file); err == nil {
-			var n int64
-			n, err = io.CopyN(f, s, spoolStep)
+		var n int64
+		if n, err = s.room(file); err == nil {
+			n, err = io.CopyN(f, s, n)
 			file.add(n)
 		}
 	}
@@ -216,20 +216,20 @@ func (f *spooled) Close() error {
 	return f.File.Close()
 }
 
-// mayUse tells whether there may be more of a content without a length: less than
-// the quota, and in all no more than half of what the disk has free.
-func (o *origin) mayUse(f *spooled) error {
+// room is how much more there may be now of a content without a length: the quota
+// bounds it, and all of them take at most half of what the disk has free.
+func (o *origin) room(f *spooled) (int64, error) {
 	limit := int64(maxSpool)
 	if o.quota > 0 {
 		limit = min(limit, o.quota)
 	}
 	var disk syscall.Statfs_t
 	if err := syscall.Fstatfs(int(f.Fd()), &disk); err != nil {
-		return err
+		return 0, err
 	}
 	free := int64(disk.Bavail) * int64(disk.Bsize) //nolint:unconvert // other systems have other types
-	if all := o.spooling.Load() + spoolStep; f.size >= limit || all > free {
-		return pieces.ErrQuota
+	if all := o.spooling.Load() + spoolStep; f.size > limit || all > free {
+		return 0, pieces.ErrQuota
 	}
-	return nil
+	return min(spoolStep, limit-f.size+1), nil // one more byte shows that it is too long
 }

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -21,6 +20,7 @@ import (
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -28,6 +28,8 @@ const (
 	stopTimeout  = 5 * time.Second // for answers under way when Run is to end
 	keepVersions = 7 * 24 * time.Hour
 	stallTimeout = 10 * time.Second
+
+	maxConnections = 1 << 16 // of HTTP: those of sessions are counted apart
 )
 
 // Supernode is a region's centre.
@@ -47,7 +49,7 @@ type Supernode struct {
 	region   *region
 	rights   *rights
 	uploads  chan struct{} // a place for each upload under way
-	sessions atomic.Int64
+	sessions api.Gate
 	engine   *gin.Engine
 	ctx      context.Context // of fetches and sessions
 	stop     context.CancelCauseFunc
@@ -65,6 +67,7 @@ func New(cfg Config, log *zap.Logger, reg Registry) (*Supernode, error) {
 		return nil, err
 	}
 	n := &Supernode{cfg: cfg, log: log}
+	n.sessions.All, n.sessions.Each = cfg.MaxHosts, cfg.AddressConnections
 	var err error
 	n.store, err = pieces.OpenStore(filepath.Join(cfg.DataDir, "store"), pieces.StoreConfig{
 		Quota: cfg.Quota, KeepFree: cfg.KeepFree,
@@ -189,12 +192,10 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 		return errors.Join(err, n.close())
 	}
 	srv := &http.Server{
-		Handler:           n.engine,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          errorLog, // what clients do to their connections
+		Handler:  api.Bounded(n.engine),
+		ErrorLog: errorLog, // what clients do to their connections
 	}
+	(&api.Gate{All: maxConnections, Each: n.cfg.AddressConnections}).Guard(srv, n.metrics.refused.Inc)
 	if ln != nil {
 		n.log.Info("serving", zap.String("address", ln.Addr().String()), zap.String("advertised", n.cfg.Advertise))
 		go func() { served <- srv.Serve(ln) }()

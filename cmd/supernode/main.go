@@ -48,6 +48,8 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 		"bring each piece into a zone once, for it to spread there: for thin or paid links between zones")
 	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to hosts at once: more serve more hosts, each more slowly")
 	fs.IntVar(&c.MaxHosts, "max-hosts", c.MaxHosts, "most hosts with a session; more take more memory")
+	fs.IntVar(&c.AddressConnections, "address-connections", c.AddressConnections,
+		"most connections from one address, and as many sessions, 0 for no bound: raise it where many hosts come from behind one")
 	fs.DurationVar(&c.TagFreshness, "tag-freshness", c.TagFreshness,
 		"how long a registry is not asked again what a tag means: longer saves requests, and shows changes later")
 	fs.DurationVar(&c.StaleFor, "stale-for", c.StaleFor,

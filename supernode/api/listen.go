@@ -4,7 +4,127 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
 )
+
+const (
+	headerTime = 10 * time.Second // for a request's header
+	idleTime   = 2 * time.Minute  // between requests
+	bodyTime   = 10 * time.Second // for a request's body
+	maxHeader  = 64 << 10         // bytes
+	maxBody    = 64 << 10         // bytes
+	// answerTime is how long an answer may take that is not told to take longer by
+	// whoever writes it.
+	answerTime = 2 * time.Minute
+)
+
+// Gate bounds how many there are of something that comes from others.
+type Gate struct {
+	All  int // in all
+	Each int // from one address, 0 for no bound; loopback has none
+
+	mu sync.Mutex // guards what follows
+	n  int
+	by map[netip.Addr]int
+}
+
+// Enter tells whether one more may come from an address, which then counts until Leave.
+func (g *Gate) Enter(remote string) bool {
+	addr := addrOf(remote)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	near := !addr.IsValid() || addr.IsLoopback()
+	if g.n >= g.All || !near && g.Each > 0 && g.by[addr] >= g.Each {
+		return false
+	}
+	if g.by == nil {
+		g.by = map[netip.Addr]int{}
+	}
+	g.n++
+	g.by[addr]++
+	return true
+}
+
+// Leave takes back an Enter that has said yes.
+func (g *Gate) Leave(remote string) {
+	addr := addrOf(remote)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.n--
+	if g.by[addr]--; g.by[addr] == 0 {
+		delete(g.by, addr)
+	}
+}
+
+// Len returns how many there are.
+func (g *Gate) Len() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.n
+}
+
+// addrOf is the address of a host:port, none of a socket of the host's own.
+func addrOf(remote string) netip.Addr {
+	from, _ := netip.ParseAddrPort(remote)
+	return from.Addr().Unmap()
+}
+
+// Guard bounds the connections of s, and what they may take before and between
+// requests. For one that is too many refused is called.
+func (g *Gate) Guard(s *http.Server, refused func()) {
+	s.ReadHeaderTimeout, s.IdleTimeout, s.MaxHeaderBytes = headerTime, idleTime, maxHeader
+	var in sync.Map // the connections that have entered
+	s.ConnState = func(c net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if g.Enter(c.RemoteAddr().String()) {
+				in.Store(c, nil)
+				return
+			}
+			refused()
+			_ = c.Close()
+		case http.StateClosed, http.StateHijacked:
+			if _, ok := in.LoadAndDelete(c); ok {
+				g.Leave(c.RemoteAddr().String())
+			}
+		case http.StateActive, http.StateIdle:
+		}
+	}
+}
+
+// Bounded has h answer within bounds: a request's body is small and comes in
+// time, and its answer goes in time, unless h itself sets another deadline. An h
+// that has read a body and takes its time clears the connection's read deadline.
+func Bounded(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		control := http.NewResponseController(w)
+		now := time.Now()
+		_ = control.SetWriteDeadline(now.Add(answerTime)) // what cannot keep time, as in tests, has none
+		if r.ContentLength != 0 {
+			_ = control.SetReadDeadline(now.Add(bodyTime))
+			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// NamesThisHost tells whether the Host of a request is one by which programs of
+// this machine ask it: an address, a name without a dot, or one of names. Any
+// other is what a web page may have made lead here.
+func NamesThisHost(r *http.Request, names ...string) bool {
+	host := r.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.ToLower(strings.TrimSuffix(strings.Trim(host, "[]"), "."))
+	if _, err := netip.ParseAddr(host); err == nil {
+		return true
+	}
+	return !strings.Contains(host, ".") || strings.HasSuffix(host, ".localhost") || slices.Contains(names, host)
+}
 
 // OfThisHost tells whether a request comes from the machine that answers it.
 func OfThisHost(r *http.Request) bool {
