@@ -8,13 +8,17 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
+
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 // Config is what an agent may be told.
@@ -40,6 +44,13 @@ type Config struct {
 	// agent's own user those of SocketGroup may use it, or SocketUsers, if set.
 	Socket, SocketGroup string
 	SocketUsers         []string
+
+	// TLS is a directory with tls.crt, tls.key and ca.crt, or JoinToken a file with
+	// what supernode ca has printed; with either, all goes over TLS between the hosts
+	// of the region, http:// in Supernodes too. With neither nothing private goes
+	// that way, unless ClearPrivate says that the network itself is encrypted.
+	TLS, JoinToken string
+	ClearPrivate   bool
 
 	// Quota is the most bytes of content kept, 0 for no bound. More means fewer
 	// pulls of the same content; it should hold a few images at the least.
@@ -120,6 +131,10 @@ func (c Config) Validate() error {
 		}
 	}
 	switch {
+	case c.TLS != "" && c.JoinToken != "":
+		return errors.New("tls and join-token exclude each other: a certificate of your own authority, or one that the supernode gives")
+	case c.JoinToken != "" && len(c.Supernodes) == 0:
+		return errors.New("join-token: name the supernode that gives the certificate")
 	case c.Quota < 0:
 		return fmt.Errorf("quota %d is negative", c.Quota)
 	case c.KeepFree < 0 || c.ScrubRate < 0:
@@ -143,6 +158,17 @@ func (c Config) Validate() error {
 		return err
 	}
 	return c.Registries.Validate()
+}
+
+// identity is what the host shows to the region, nil without TLS.
+func (c Config) identity(log *zap.Logger) (*identity.Source, error) {
+	switch {
+	case c.TLS != "":
+		return identity.FromDir(c.TLS, log)
+	case c.JoinToken != "":
+		return identity.FromToken(c.JoinToken, filepath.Join(c.DataDir, "identity"), c.Supernodes, log)
+	}
+	return nil, nil
 }
 
 // forThisHost has h answer what names this host. Else a web page whose name leads

@@ -4,6 +4,7 @@ package dfdaemon
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -22,6 +23,7 @@ import (
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 // The settings of addresses.
@@ -47,6 +49,7 @@ type Daemon struct {
 	store     *pieces.Store
 	scrubRate int64
 	peer      *dfget.Peer
+	identity  *identity.Source  // what the host shows to the region, nil without TLS
 	addr      map[string]string // host:port of the TCP listeners, by setting
 	servers   []*server
 	refused   prometheus.Counter // connections
@@ -110,7 +113,7 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 	if err = d.openPeer(cfg, reg); err != nil {
 		return err
 	}
-	m.peer, m.relay = d.peer, newRelay(d.peer.Supernode)
+	m.peer, m.relay = d.peer, newRelay(d.peer.Centre, d.identity)
 	s, err := d.listen(cfg.MirrorListen, mirrorListen)
 	if err != nil {
 		return err
@@ -176,6 +179,13 @@ func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 	if peer.Background, err = cfg.background(); err != nil {
 		return err
 	}
+	if d.identity, err = cfg.identity(d.log); err != nil {
+		return err
+	}
+	peer.Identity, peer.ClearPrivate = d.identity, cfg.ClearPrivate
+	if d.identity == nil && !cfg.ClearPrivate && len(cfg.Supernodes) > 0 {
+		d.log.Warn("TLS is off: private images are pulled past the region; see docs/security.md")
+	}
 	var s *server
 	if cfg.PeerListen != "" {
 		if s, err = d.listen(cfg.PeerListen, peerListen); err != nil {
@@ -183,6 +193,9 @@ func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 		}
 		if peer.Advertise, err = cfg.advertised(s.ln.Addr().String()); err != nil {
 			return err
+		}
+		if d.identity != nil {
+			s.ln = tls.NewListener(s.ln, d.identity.Server(true))
 		}
 	}
 	if d.peer, err = dfget.NewPeer(peer, d.store, d.log, reg); err == nil && s != nil {

@@ -18,6 +18,13 @@ const (
 	resultFailed  = "failed"  // neither the region nor the registry had it
 )
 
+// Why a request went past the region.
+const (
+	causeNoSession = "no_session"
+	causeClear     = "clear"  // it is private, and TLS is off
+	causeFailed    = "failed" // the supernode does not answer
+)
+
 const unknownKind = "unknown"
 
 // metrics are those of the mirror.
@@ -36,8 +43,8 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		}, []string{"kind", "result"}),
 		direct: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "damselfly_mirror_direct_total",
-			Help: "Requests but for blobs that went past the region to the registry.",
-		}, []string{"kind"}),
+			Help: "Requests but for blobs that went past the region to the registry, by what was asked and why.",
+		}, []string{"kind", "cause"}),
 		refused: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "damselfly_connections_refused_total",
 			Help: "Connections closed at once: there were as many as may be.",

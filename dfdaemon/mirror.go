@@ -158,10 +158,16 @@ func (m *mirror) region(r *http.Request, route registryproxy.Route) (*answer, er
 		return nil, err
 	}
 	kind := route.Kind.String()
-	if !errors.Is(err, errNoSession) {
+	cause := causeFailed
+	switch {
+	case errors.Is(err, errNoSession):
+		cause = causeNoSession
+	case errors.Is(err, errClear): // said once, at the start
+		cause = causeClear
+	default:
 		m.log.Warn("the region does not answer, asking the registry", zap.String("kind", kind), zap.Error(err))
 	}
-	m.metrics.direct.WithLabelValues(kind).Inc()
+	m.metrics.direct.WithLabelValues(kind, cause).Inc()
 	return nil, nil
 }
 

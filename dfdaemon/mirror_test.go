@@ -109,7 +109,7 @@ func newMirror(t *testing.T, registryURL, base string) *httptest.Server {
 	require.NoError(t, err)
 	m.peer, err = dfget.NewPeer(dfget.PeerConfig{UpLanes: 1, DownLanes: 1}, store, log, metrics)
 	require.NoError(t, err)
-	m.relay = newRelay(func() (string, bool) { return base, base != "" })
+	m.relay = newRelay(func() (string, bool, bool) { return base, true, base != "" }, nil)
 	srv := httptest.NewServer(m.handler())
 	t.Cleanup(srv.Close)
 	return srv

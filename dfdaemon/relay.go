@@ -14,6 +14,7 @@ import (
 
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 const (
@@ -24,23 +25,31 @@ const (
 	maxAnswer   = registryproxy.MaxManifestSize
 )
 
-var errNoSession = errors.New("no session with a supernode")
+var (
+	errNoSession = errors.New("no session with a supernode")
+	errClear     = errors.New("it wants a login, and credentials do not go on in clear: see docs/security.md")
+)
 
 // relay asks the supernode for what travels whole: manifests, tags, referrers
 // and the lengths of blobs.
 type relay struct {
-	supernode func() (base string, ok bool)
+	supernode func() (base string, sealed, ok bool)
 	client    *http.Client
 }
 
-func newRelay(supernode func() (string, bool)) *relay {
+// newRelay returns one that asks over TLS with the host's identity, if it has one.
+func newRelay(supernode func() (base string, sealed, ok bool), own *identity.Source) *relay {
+	transport := &http.Transport{
+		DialContext:         (&net.Dialer{Timeout: regionDial}).DialContext,
+		MaxIdleConnsPerHost: 16,
+		IdleConnTimeout:     90 * time.Second,
+		DisableCompression:  true,
+	}
+	if own != nil {
+		transport.DialTLSContext = own.DialSupernode(transport.DialContext)
+	}
 	return &relay{supernode, &http.Client{
-		Transport: &http.Transport{
-			DialContext:         (&net.Dialer{Timeout: regionDial}).DialContext,
-			MaxIdleConnsPerHost: 16,
-			IdleConnTimeout:     90 * time.Second,
-			DisableCompression:  true,
-		},
+		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 }
@@ -55,7 +64,7 @@ type answer struct {
 // ask sends r on, whose route it is. The error is a *registryproxy.Refusal where
 // the registry has said no; any other means that the registry must be asked.
 func (y *relay) ask(r *http.Request, route registryproxy.Route) (*answer, error) {
-	base, ok := y.supernode()
+	base, sealed, ok := y.supernode()
 	if !ok {
 		return nil, errNoSession
 	}
@@ -72,13 +81,21 @@ func (y *relay) ask(r *http.Request, route registryproxy.Route) (*answer, error)
 			out.Header[k] = v
 		}
 	}
+	hidden := !sealed && out.Header["Authorization"] != nil
+	if hidden {
+		out.Header.Del("Authorization")
+	}
 	resp, err := y.client.Do(out)
 	if err != nil {
 		return nil, fmt.Errorf("ask the supernode: %w", withoutURL(err))
 	}
 	defer func() { _ = resp.Body.Close() }()
 	a, err := read(resp, route)
-	if _, refused := errors.AsType[*registryproxy.Refusal](err); err != nil && !refused {
+	_, refused := errors.AsType[*registryproxy.Refusal](err)
+	if refused && hidden {
+		return nil, errClear
+	}
+	if err != nil && !refused {
 		return nil, fmt.Errorf("the supernode's answer: %w", err)
 	}
 	return a, err
@@ -86,7 +103,9 @@ func (y *relay) ask(r *http.Request, route registryproxy.Route) (*answer, error)
 
 // read takes in what the supernode answers.
 func read(resp *http.Response, route registryproxy.Route) (*answer, error) {
-	if code := resp.Header.Get(api.ErrorHeader); code != "" {
+	if code := resp.Header.Get(api.ErrorHeader); code == api.CodeClear {
+		return nil, errClear
+	} else if code != "" {
 		return nil, fmt.Errorf("it cannot say: %s", code)
 	}
 	if resp.StatusCode >= http.StatusBadRequest && resp.Header.Get(namespaceHeader) == "" {

@@ -32,6 +32,9 @@ var errHead = errors.New("the head of its answer is too long")
 type transport struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error)
 	each int // connections to one parent that wait to be used again
+	// tls returns the configuration for a parent over TLS; nil trusts whom the
+	// system does.
+	tls func() (*tls.Config, error)
 
 	mu     sync.Mutex // guards what follows
 	idle   []*link    // the last used one last
@@ -106,19 +109,32 @@ func (t *transport) connect(req *http.Request) (net.Conn, error) {
 		return nil, err
 	}
 	if req.URL.Scheme == "https" {
-		ctx, cancel := context.WithTimeout(req.Context(), dialTimeout)
-		defer cancel()
-		secure := tls.Client(conn, &tls.Config{ServerName: req.URL.Hostname(), MinVersion: tls.VersionTLS12})
-		if err := secure.HandshakeContext(ctx); err != nil {
-			_ = conn.Close()
-			return nil, err
-		}
-		return secure, nil
+		return t.secure(req, conn)
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		return &receiver{TCPConn: tcp, wait: pieces.MinPieceSize / 8, low: 1}, nil
 	}
 	return conn, nil
+}
+
+// secure is conn with TLS on it. Its reads are of records, whose ends may come
+// late: no read waits for more than there is.
+func (t *transport) secure(req *http.Request, conn net.Conn) (net.Conn, error) {
+	cfg := &tls.Config{ServerName: req.URL.Hostname(), MinVersion: tls.VersionTLS12}
+	var err error
+	if t.tls != nil {
+		cfg, err = t.tls()
+	}
+	if err == nil {
+		ctx, cancel := context.WithTimeout(req.Context(), dialTimeout)
+		defer cancel()
+		secure := tls.Client(conn, cfg)
+		if err = secure.HandshakeContext(ctx); err == nil {
+			return secure, nil
+		}
+	}
+	_ = conn.Close()
+	return nil, err
 }
 
 // put keeps a connection to be used again, for a while.

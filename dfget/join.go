@@ -9,6 +9,7 @@ import (
 	"go.uber.org/zap"
 
 	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
 )
 
 const maxHeader = 64 << 10 // bytes of a caller's header that a Join takes along
@@ -30,6 +31,11 @@ func (s *Stream) join() (cause string, err error) {
 		p.mu.Unlock()
 		return causeNoSession, nil
 	}
+	hides := session.hides(s.origin)
+	if hides && s.origin.URL != "" { // what it is may depend on who asks
+		p.mu.Unlock()
+		return causeClear, nil
+	}
 	t := p.tasks[s.id]
 	if t == nil {
 		t = &task{id: s.id, over: make(chan struct{}), streams: make(map[*Stream]struct{}), lazy: s.lazy}
@@ -44,6 +50,8 @@ func (s *Stream) join() (cause string, err error) {
 		return cause, err
 	}
 	switch _, no := errors.AsType[*RefusedError](got.err); {
+	case no && hides, errors.Is(got.err, api.ErrClear):
+		return causeClear, nil
 	case no:
 		return "", got.err
 	case got.err == nil:

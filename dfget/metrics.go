@@ -43,13 +43,14 @@ const (
 	causeSessionLost = "session_lost" // and nothing was on its way
 	causeSilent      = "silent"       // nothing of the task moved
 	causeLate        = "late"         // things moved, but not what was waited for
+	causeClear       = "clear"        // it is private, and TLS is off
 	causeStore       = "store"        // the content was dropped or the disk fails
 )
 
 type metrics struct {
 	received, transfers, fallbacks *prometheus.CounterVec
 	sent, verifyFailures           prometheus.Counter
-	session                        prometheus.Gauge
+	session, sealed                prometheus.Gauge
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
@@ -67,6 +68,9 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		verifyFailures: prometheus.NewCounter(counter("verify_failures_total", "Pieces received that were not what they should be.")),
 		session:        prometheus.NewGauge(prometheus.GaugeOpts{Name: "damselfly_session_up", Help: "1 while a session with a supernode stands."}),
 	}
+	m.sealed = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "damselfly_session_sealed", Help: "1 while nobody can listen to the session: TLS is on, or it stays on the host.",
+	})
 	for _, s := range []string{sourcePeer, sourceSupernode, sourceOrigin, sourceStore} {
 		m.received.WithLabelValues(s)
 	}
@@ -75,10 +79,10 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	for why := api.Busy; why <= api.Local; why++ {
 		m.transfers.WithLabelValues(resultOf(why))
 	}
-	for _, c := range []string{causeNoSession, causeNoAnswer, causeRefused, causeSessionLost, causeSilent, causeLate, causeStore} {
+	for _, c := range []string{causeNoSession, causeNoAnswer, causeRefused, causeSessionLost, causeSilent, causeLate, causeClear, causeStore} {
 		m.fallbacks.WithLabelValues(c)
 	}
-	for _, c := range []prometheus.Collector{m.received, m.transfers, m.fallbacks, m.sent, m.verifyFailures, m.session} {
+	for _, c := range []prometheus.Collector{m.received, m.transfers, m.fallbacks, m.sent, m.verifyFailures, m.session, m.sealed} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics of the peer: %w", err)
 		}

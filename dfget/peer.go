@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,7 @@ import (
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 const (
@@ -49,6 +51,12 @@ type PeerConfig struct {
 	// well, 0 for at once; negative is never: then of a content of which only
 	// bounded ranges are read only their pieces are.
 	Background time.Duration
+	// Identity, where set, is what the host shows to supernodes and other hosts, over
+	// TLS, and asks of them; Handler is then to be served with its Server. Run
+	// renews it. Without, nothing goes to others but what is public, unless
+	// ClearPrivate says that the network itself is encrypted.
+	Identity     *identity.Source
+	ClearPrivate bool
 }
 
 // Validate tells what is wrong with c.
@@ -84,6 +92,8 @@ type Peer struct {
 	metrics   *metrics
 	client    *http.Client // of sessions
 	transfers *transport
+	scheme    string // of other peers' URLs, with its slashes
+	guard     identity.Guard
 	slots     chan struct{} // taken by each upload
 	tickets   tickets
 	group     *errgroup.Group // of Run, for what runs in it to add to
@@ -117,15 +127,34 @@ func NewPeer(cfg PeerConfig, store *pieces.Store, log *zap.Logger, reg prometheu
 	if err != nil {
 		return nil, err
 	}
-	return &Peer{
+	p := &Peer{
 		cfg: cfg, store: store, log: log, metrics: m,
 		client:    newClient(),
 		transfers: newTransport(2 * cfg.DownLanes),
+		scheme:    "http://",
+		guard:     identity.Guard{Source: cfg.Identity, ClearPrivate: cfg.ClearPrivate},
 		slots:     make(chan struct{}, 3*cfg.UpLanes),
 		up:        make(chan struct{}),
 		tasks:     make(map[pieces.TaskID]*task),
 		early:     make(map[[sha256.Size]byte]*early),
-	}, nil
+	}
+	if cfg.Identity != nil {
+		p.secure()
+	}
+	return p, nil
+}
+
+// secure has all connections made over TLS, with the host's identity.
+func (p *Peer) secure() {
+	p.scheme = "https://"
+	p.transfers.tls = p.cfg.Identity.Peer
+	p.client.Transport = &http.Transport{
+		DialTLSContext: p.cfg.Identity.DialSupernode((&net.Dialer{Timeout: dialTimeout}).DialContext),
+	}
+	p.cfg.Supernodes = slices.Clone(p.cfg.Supernodes)
+	for i, base := range p.cfg.Supernodes {
+		p.cfg.Supernodes[i] = identity.Secure(base)
+	}
 }
 
 // newClient returns the client of sessions.
@@ -147,6 +176,9 @@ func (p *Peer) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	p.group = group
 	group.Go(func() error { return p.keepSession(ctx) })
+	if p.cfg.Identity != nil {
+		group.Go(func() error { return p.cfg.Identity.Run(ctx) })
+	}
 	err := group.Wait()
 	p.client.CloseIdleConnections()
 	p.transfers.CloseIdleConnections()
@@ -156,12 +188,18 @@ func (p *Peer) Run(ctx context.Context) error {
 // Supernode returns the base URL of the supernode with which a session stands
 // now, if any does.
 func (p *Peer) Supernode() (base string, ok bool) {
+	base, _, ok = p.Centre()
+	return base, ok
+}
+
+// Centre is Supernode, and tells whether nobody can listen to what it is told.
+func (p *Peer) Centre() (base string, sealed, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.session == nil {
-		return "", false
+		return "", false, false
 	}
-	return p.session.base, true
+	return p.session.base, p.session.sealed, true
 }
 
 // Ready returns when a session stands, or the cause of ctx's end.

@@ -584,8 +584,10 @@ func TestHandler(t *testing.T) {
 	}
 	good := n.ticket(b.id)
 	last := b.layout.Offset(3) - 1
+	remote := "127.0.0.1:1"
 	ask := func(method, path, ticket, span string) *httptest.ResponseRecorder {
 		r := httptest.NewRequestWithContext(t.Context(), method, path, nil)
+		r.RemoteAddr = remote
 		r.Header.Set(api.TicketHeader, ticket)
 		if span != "" {
 			r.Header.Set("Range", span)
@@ -638,10 +640,19 @@ func TestHandler(t *testing.T) {
 	<-h.slots
 	require.Equal(t, http.StatusPartialContent, ask("GET", path, good, "bytes=0-0").Code)
 
+	remote = "192.0.2.1:1"
+	w = ask("GET", path, good, "bytes=0-0")
+	require.Equal(t, http.StatusUnauthorized, w.Code, "in clear")
+	require.Contains(t, w.Body.String(), "turn TLS on")
+	public, err := api.SignTicket(n.key, api.Ticket{Task: string(b.id), Public: true, Expires: time.Now().Add(time.Hour).Unix()})
+	require.NoError(t, err)
+	require.Equal(t, http.StatusPartialContent, ask("GET", path, public, "bytes=0-0").Code)
+	remote = "127.0.0.1:1"
+
 	next, after := forged, n.key
-	h.tickets.learn(next.Public().(ed25519.PublicKey))
+	h.tickets.learn([]ed25519.PublicKey{next.Public().(ed25519.PublicKey)})
 	require.Equal(t, http.StatusPartialContent, ask("GET", path, good, "bytes=0-0").Code, "that of the last supernode")
-	h.tickets.learn(ed25519.NewKeyFromSeed(make([]byte, 32)).Public().(ed25519.PublicKey))
+	h.tickets.learn([]ed25519.PublicKey{ed25519.NewKeyFromSeed(make([]byte, 32)).Public().(ed25519.PublicKey)})
 	require.Equal(t, http.StatusUnauthorized, ask("GET", path, sign(after, b.id, time.Hour), "bytes=0-0").Code)
 	require.Equal(t, http.StatusUnauthorized, ask("GET", path, good, "bytes=0-0").Code)
 }

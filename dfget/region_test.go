@@ -134,9 +134,16 @@ func (n *memNet) serve(t *testing.T, name string, h http.Handler) {
 	t.Cleanup(func() { _ = srv.Close() })
 }
 
-// bubble starts a supernode named "node" and a host in a memNet, for a test in a
-// synctest bubble.
+// bubble starts a supernode named "node" and a host in a memNet, to which nobody
+// can listen, for a test in a synctest bubble.
 func bubble(t *testing.T, cfg PeerConfig, on func(*fakeNode, api.Up), b *blob) (*memNet, *fakeNode, *host) {
+	t.Helper()
+	cfg.ClearPrivate = true
+	return inClear(t, cfg, on, b)
+}
+
+// inClear is bubble with a memNet to which others may listen.
+func inClear(t *testing.T, cfg PeerConfig, on func(*fakeNode, api.Up), b *blob) (*memNet, *fakeNode, *host) {
 	t.Helper()
 	net := &memNet{}
 	n := newFakeNode(t, on)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,41 +26,45 @@ const (
 	maxHeld     = 1500 * time.Millisecond // that a request waits for a piece on its way, less than minPatience
 )
 
-// tickets knows which tickets are good: those signed with the key of the
+// tickets knows which tickets are good: those signed with the keys of the
 // present or the last supernode.
 type tickets struct {
 	mu            sync.Mutex // guards what follows
-	now, previous ed25519.PublicKey
+	now, previous []ed25519.PublicKey
 	good          map[string]api.Ticket
 }
 
-// learn takes in the key of a new session.
-func (t *tickets) learn(key ed25519.PublicKey) {
+// learn takes in the keys of a new session.
+func (t *tickets) learn(keys []ed25519.PublicKey) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if !key.Equal(t.now) {
-		t.now, t.previous, t.good = key, t.now, nil
+	if !slices.ContainsFunc(keys, func(k ed25519.PublicKey) bool {
+		return slices.ContainsFunc(t.now, func(old ed25519.PublicKey) bool { return k.Equal(old) })
+	}) { // another supernode's
+		t.previous, t.good = t.now, nil
 	}
+	t.now = keys
 }
 
-func (t *tickets) check(signed string, id pieces.TaskID, now time.Time) error {
+// check returns a ticket that is good for a task.
+func (t *tickets) check(signed string, id pieces.TaskID, now time.Time) (api.Ticket, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if k, ok := t.good[signed]; ok && k.Task == string(id) && now.Unix() < k.Expires {
-		return nil
+		return k, nil
 	}
 	k, err := api.VerifyTicket(t.now, signed, id, now)
 	if err != nil {
 		k, err = api.VerifyTicket(t.previous, signed, id, now)
 	}
 	if err != nil {
-		return err
+		return k, err
 	}
 	if t.good == nil || len(t.good) >= maxTickets {
 		t.good = make(map[string]api.Ticket)
 	}
 	t.good[signed] = k
-	return nil
+	return k, nil
 }
 
 // Handler serves the pieces that are there to holders of a ticket: GET
@@ -93,8 +98,8 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 	if err != nil {
 		return &refused{http.StatusBadRequest, api.Error{Code: api.CodeBadRequest, Message: err.Error()}}
 	}
-	if err := p.tickets.check(r.Header.Get(api.TicketHeader), id, time.Now()); err != nil {
-		return &refused{http.StatusUnauthorized, api.Error{Code: api.CodeUnauthorized, Message: err.Error() + ": join the task at the supernode"}}
+	if err := p.admit(r, id); err != nil {
+		return &refused{http.StatusUnauthorized, api.Error{Code: api.CodeUnauthorized, Message: err.Error()}}
 	}
 	c, err := p.store.Get(id)
 	if err != nil {
@@ -122,6 +127,20 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 	}
 	p.sendRange(w, r, c, off, n)
 	return nil
+}
+
+// admit tells whether who sends r may have a task: it shows a ticket that is its
+// own, and what not everybody may read goes to nobody in clear.
+func (p *Peer) admit(r *http.Request, id pieces.TaskID) error {
+	who, sealed, err := p.guard.Of(r)
+	if err != nil {
+		return err
+	}
+	t, err := p.tickets.check(r.Header.Get(api.TicketHeader), id, time.Now())
+	if err != nil {
+		return fmt.Errorf("%w: join it at the supernode", err)
+	}
+	return t.Permits(who, sealed)
 }
 
 // holds tells whether all n bytes from off on are there and right, for which it

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http/httptrace"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 const (
@@ -28,9 +31,10 @@ const (
 
 // session is one connection with a supernode, from the Welcome to its end.
 type session struct {
-	base string
-	conn *api.Conn[api.Down, api.Up]
-	life context.Context // of Run: what is assigned may outlive the session
+	base   string
+	sealed bool // nobody else can listen: what is private may be told
+	conn   *api.Conn[api.Down, api.Up]
+	life   context.Context // of Run: what is assigned may outlive the session
 
 	mu *sync.Mutex // Peer.mu, which guards what follows
 
@@ -156,11 +160,11 @@ func (p *Peer) keepSession(ctx context.Context) error {
 // serve opens a session with one supernode and follows it to its end. It tells
 // whether the session stood.
 func (p *Peer) serve(ctx context.Context, base string) (stood bool, err error) {
-	s, key, err := p.dial(ctx, base)
+	s, keys, err := p.dial(ctx, base)
 	if err != nil {
 		return false, err
 	}
-	p.tickets.learn(key)
+	p.tickets.learn(keys)
 	s.life = ctx
 	p.begin(s)
 	p.log.Info("session stands", zap.String("supernode", base))
@@ -189,9 +193,13 @@ func (p *Peer) serve(ctx context.Context, base string) (stood bool, err error) {
 }
 
 // dial opens the connection and greets.
-func (p *Peer) dial(ctx context.Context, base string) (*session, ed25519.PublicKey, error) {
+func (p *Peer) dial(ctx context.Context, base string) (*session, []ed25519.PublicKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
 	defer cancel()
+	sealed := p.cfg.ClearPrivate || strings.HasPrefix(base, "https:")
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(c httptrace.GotConnInfo) {
+		sealed = sealed || identity.IsLoopback(c.Conn.RemoteAddr().String())
+	}})
 	conn, err := api.Dial(ctx, p.client, base)
 	if err != nil {
 		return nil, nil, err
@@ -212,10 +220,10 @@ func (p *Peer) dial(ctx context.Context, base string) (*session, ed25519.PublicK
 		err = fmt.Errorf("the supernode at %s sent no key for tickets", base)
 	default:
 		return &session{
-			base: base, conn: conn, mu: &p.mu,
+			base: base, sealed: sealed, conn: conn, mu: &p.mu,
 			joins: make(map[uint64]*Stream), nums: make(map[int32]*task), running: make(map[uint64]*transfer),
 			wake: make(chan struct{}, 1),
-		}, ed25519.PublicKey(w.TicketKey), nil
+		}, append(api.TicketKeys(w.Keys), w.TicketKey), nil
 	}
 	conn.CloseNow()
 	return nil, nil, err
@@ -236,6 +244,10 @@ func (p *Peer) begin(s *session) {
 	p.session = s
 	close(p.up)
 	p.metrics.session.Set(1)
+	p.metrics.sealed.Set(0)
+	if s.sealed {
+		p.metrics.sealed.Set(1)
+	}
 	for _, t := range p.tasks {
 		for st := range t.streams {
 			if !t.complete {
@@ -309,10 +321,33 @@ func (s *session) batchLocked() int {
 	return len(s.queue)
 }
 
+// tells returns what of an origin the supernode is told: in clear nothing of who
+// the caller is.
+func (s *session) tells(o api.Origin) api.Origin {
+	if s.hides(o) {
+		o.Header = nil
+	}
+	return o
+}
+
+// hides tells whether that is less than the caller has said. Then a no of the
+// origin is not meant for the caller.
+func (s *session) hides(o api.Origin) bool {
+	if s.sealed {
+		return false
+	}
+	for k := range o.Header {
+		if k != "Accept" && k != "User-Agent" {
+			return true
+		}
+	}
+	return len(o.Ignore) > 0 // it is signed
+}
+
 // joinLocked asks for st's task on its behalf.
 func (p *Peer) joinLocked(s *session, st *Stream) {
 	s.seq++
-	seq, origin, id := s.seq, st.origin, st.task.id
+	seq, origin, id := s.seq, s.tells(st.origin), st.task.id
 	s.joins[seq] = st
 	st.task.asked++
 	size := 256

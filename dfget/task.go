@@ -121,6 +121,9 @@ func (p *Peer) giveUp(t *task) {
 // follow acts on one batch from the supernode. It is called by one goroutine at
 // a time.
 func (p *Peer) follow(s *session, d api.Down) {
+	if len(d.Keys) > 0 {
+		p.tickets.learn(api.TicketKeys(d.Keys))
+	}
 	for _, m := range d.Task {
 		p.granted(s, m)
 	}
@@ -171,6 +174,9 @@ func (p *Peer) follow(s *session, d api.Down) {
 func refusal(m api.Refused) error {
 	if m.Final && m.Status >= 400 {
 		return &RefusedError{Status: m.Status, Header: m.Header, Body: m.Body}
+	}
+	if m.Clear {
+		return api.ErrClear
 	}
 	return fmt.Errorf("%w: %s", errNotNow, m.Reason)
 }

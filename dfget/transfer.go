@@ -70,7 +70,7 @@ func (p *Peer) assigned(s *session, a api.Assign) {
 		id: a.Transfer, first: a.First, count: a.Count, parent: s.base, source: sourceSupernode, session: s,
 	}
 	if a.Parent != "" {
-		tr.parent, tr.source = "http://"+a.Parent, sourcePeer
+		tr.parent, tr.source = p.scheme+a.Parent, sourcePeer
 	}
 	p.mu.Lock()
 	t := s.nums[a.Task]

@@ -48,6 +48,12 @@ type Config struct {
 	AddressConnections int
 	// Registries says how registries are reached.
 	Registries registryproxy.Config
+	// TLS is a directory with tls.crt, tls.key and ca.crt, or CA one that `supernode
+	// ca` has made; with either, hosts show certificates of the region. With neither
+	// nothing private goes to them, unless ClearPrivate says that the network itself
+	// is encrypted.
+	TLS, CA      string
+	ClearPrivate bool
 	// TagFreshness is how long the registry is not asked again what a tag or a
 	// URL stands for. Raising it saves requests and shows changes later.
 	TagFreshness time.Duration
@@ -96,6 +102,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("at most %d hosts: want 1 or more", c.MaxHosts)
 	case c.KeepFree < 0 || c.ScrubRate < 0:
 		return fmt.Errorf("keep-free %d, scrub-rate %d: want 0 or more", c.KeepFree, c.ScrubRate)
+	case c.TLS != "" && c.CA != "":
+		return errors.New("tls and ca exclude each other: a directory with a certificate of your own authority, or one of supernode ca")
 	case c.TagFreshness < 0 || c.StaleFor < 0:
 		return errors.New("tag freshness and stale time cannot be negative")
 	}

@@ -1,7 +1,6 @@
 package supernode
 
 import (
-	"crypto/ed25519"
 	"fmt"
 	"io"
 	"net/http"
@@ -30,7 +29,15 @@ func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task st
 		writeError(w, http.StatusBadRequest, api.CodeBadRequest, err.Error())
 		return
 	}
-	if _, err := api.VerifyTicket(n.key.Public().(ed25519.PublicKey), r.Header.Get(api.TicketHeader), id, time.Now()); err != nil {
+	who, sealed, err := n.guard.Of(r)
+	var ticket api.Ticket
+	if err == nil {
+		ticket, err = n.keys.verify(r.Header.Get(api.TicketHeader), id)
+	}
+	if err == nil {
+		err = ticket.Permits(who, sealed)
+	}
+	if err != nil {
 		writeError(w, http.StatusUnauthorized, api.CodeUnauthorized, err.Error())
 		return
 	}

@@ -37,12 +37,13 @@ func TestContentIsSentFromFiles(t *testing.T) {
 	r := start(t, h, t.TempDir(), nil)
 	require.Len(t, r.get(http.MethodGet, v2("blobs", d)).body, len(b))
 	require.Eventually(t, func() bool { return r.store.Tasks()[0].Complete }, wait, poll)
-	ticket, err := api.SignTicket(r.key, api.Ticket{Task: d, Host: "one", Expires: 1 << 40})
+	ticket, err := r.keys.sign(api.Ticket{Task: d, Host: "one", Expires: 1 << 40})
 	require.NoError(t, err)
 	for _, path := range []string{v2("blobs", d), api.ContentPath(pieces.TaskID(d))} {
 		req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, nil)
 		req.Header.Set(api.TicketHeader, ticket)
 		req.Header.Set("Range", "bytes=100-")
+		req.RemoteAddr = "127.0.0.1:1"
 		w := &kernel{ResponseRecorder: httptest.NewRecorder()}
 		r.Handler().ServeHTTP(w, req)
 		require.Equal(t, http.StatusPartialContent, w.Code)

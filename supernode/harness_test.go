@@ -3,6 +3,7 @@ package supernode
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -229,7 +230,7 @@ type host struct {
 	name string
 	url  string
 	conn *api.Conn[api.Down, api.Up]
-	key  []byte
+	keys []ed25519.PublicKey
 	peer *httptest.Server
 	gone chan struct{} // closed when the session has ended
 
@@ -279,7 +280,7 @@ func dialFrom(t *testing.T, r *testRegion, name, zone string) *host {
 	down, err := conn.Read(t.Context())
 	require.NoError(t, err)
 	require.NotNil(t, down.Welcome)
-	h.key = down.Welcome.TicketKey
+	h.keys = api.TicketKeys(down.Welcome.Keys)
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
 	go h.read(ctx)
@@ -413,7 +414,7 @@ func (h *host) serve(w http.ResponseWriter, r *http.Request) {
 	id := strings.Split(r.URL.Path, "/")[3]
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if _, err := api.VerifyTicket(h.key, r.Header.Get(api.TicketHeader), pieces.TaskID(id), time.Now()); err != nil {
+	if _, err := api.VerifyTicket(h.keys, r.Header.Get(api.TicketHeader), pieces.TaskID(id), time.Now()); err != nil {
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 func (n *Supernode) routes(reg Registry) *gin.Engine {
@@ -31,13 +32,16 @@ func (n *Supernode) routes(reg Registry) *gin.Engine {
 		metrics.Use(n.rights.want(RoleRead))
 	}
 	metrics.GET("", gin.WrapH(promhttp.HandlerFor(reg, promhttp.HandlerOpts{})))
-	e.GET(api.SessionPath, func(c *gin.Context) { n.serveSession(c.Writer, c.Request) })
-	e.Match(reads, api.TasksPath+"/:task/content", func(c *gin.Context) {
+	e.GET(api.SessionPath, n.known, func(c *gin.Context) { n.serveSession(c.Writer, c.Request) })
+	e.Match(reads, api.TasksPath+"/:task/content", n.known, func(c *gin.Context) {
 		n.serveContent(c.Writer, c.Request, c.Param("task"))
 	})
 	e.GET(api.TasksPath, n.rights.want(RoleRead), n.listTasks)
 	e.GET("/v1/hosts", n.rights.want(RoleRead), n.listHosts)
 	e.DELETE(api.TasksPath+"/:task", n.rights.want(RoleAdmin), n.forgetTask)
+	if n.ca != nil {
+		e.POST(identity.JoinPath, func(c *gin.Context) { n.serveJoin(c.Writer, c.Request) })
+	}
 	for _, path := range []string{"/v2", "/v2/*path"} {
 		e.Any(path, func(c *gin.Context) { n.serveV2(c.Writer, c.Request, c.Param("path")) })
 	}

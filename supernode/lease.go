@@ -11,6 +11,7 @@ type lease struct {
 	*pieces.Content        // pinned, to be released by the holder
 	fetch           *fetch // that fills it; nil when it is whole
 	public          bool   // anyone may read it
+	open            bool   // public, or had for a caller who did not say who it is
 	drops           int64  // origin.drops, when it was got
 }
 

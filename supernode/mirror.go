@@ -32,6 +32,10 @@ func (n *Supernode) serveV2(w http.ResponseWriter, r *http.Request, path string)
 	}
 	who := registryproxy.Caller{Authorization: r.Header.Get("Authorization")}
 	h.Set("OCI-Namespace", cmp.Or(ns, route.Repo.Registry))
+	if route.Kind != registryproxy.KindPing && route.Kind != registryproxy.KindWrite && !n.guard.Sealed(r) && !n.client.IsPublic(route.Repo.Registry, who) {
+		n.fail(w, api.ErrClear)
+		return
+	}
 	switch route.Kind {
 	case registryproxy.KindPing:
 		h.Set("Content-Type", "application/json")
@@ -62,7 +66,11 @@ func (n *Supernode) fail(w http.ResponseWriter, err error) {
 		registryproxy.WriteError(w, e)
 		return
 	}
-	w.Header().Set(api.ErrorHeader, api.CodeUnavailable)
+	code := api.CodeUnavailable
+	if errors.Is(err, api.ErrClear) {
+		code = api.CodeClear
+	}
+	w.Header().Set(api.ErrorHeader, code)
 	registryproxy.WriteError(w, &registryproxy.Error{Status: http.StatusBadGateway, Code: "UNAVAILABLE", Message: err.Error()})
 }
 

@@ -350,7 +350,7 @@ func TestPrivateBlobGoesOnlyToWhomTheRegistryAccepts(t *testing.T) {
 		}
 	}
 	path := api.ContentPath(pieces.TaskID(d))
-	other, err := api.SignTicket(r.key, api.Ticket{Task: digest.FromString("x").String(), Host: "two", Expires: 1 << 40})
+	other, err := r.keys.sign(api.Ticket{Task: digest.FromString("x").String(), Host: "two", Expires: 1 << 40})
 	require.NoError(t, err)
 	for _, ticket := range []string{"", "x.y", other} {
 		require.Equal(t, http.StatusUnauthorized, r.get(http.MethodGet, path, api.TicketHeader, ticket).status)

@@ -2,6 +2,7 @@ package supernode
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -55,7 +56,9 @@ type session struct {
 	node   *Supernode
 	conn   *api.Conn[api.Up, api.Down]
 	end    context.CancelCauseFunc
-	name   string // the host's own id
+	name   string // the host's own id, with TLS behind who
+	who    string // the name in its certificate; "" without TLS
+	sealed bool   // nobody else can listen
 	addr   string // where peers reach it, "" for nowhere
 	far    bool   // in another zone than the supernode
 	remote string
@@ -147,7 +150,12 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		holds:     map[pieces.TaskID]*holding{},
 		transfers: map[scheduler.TransferID]transfer{},
 	}
-	hello, err := s.hello(ctx)
+	expiry, err := s.introduce(r)
+	defer expiry()
+	var hello *api.Hello
+	if err == nil {
+		hello, err = s.hello(ctx)
+	}
 	if err != nil {
 		n.log.Info("session refused", zap.String("remote", s.remote), zap.Error(err))
 		conn.Close(err.Error())
@@ -156,8 +164,9 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	n.log.Info("session begins", zap.String("host", s.name), zap.String("remote", s.remote))
 	n.region.do(func() {
 		n.region.hostUp(s, hello)
-		s.send(message{size: 64, add: func(b *api.Down) {
-			b.Welcome = &api.Welcome{Version: api.Version, TicketKey: n.publicKey()}
+		keys := n.keys.wire()
+		s.send(message{size: 192, add: func(b *api.Down) {
+			b.Welcome = &api.Welcome{Version: api.Version, TicketKey: keys[presentKey], Keys: keys}
 		}})
 	})
 	var wg sync.WaitGroup
@@ -207,7 +216,9 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 			return nil, errors.New("the advertised address is not host:port")
 		}
 	}
-	s.name = h.Host
+	if s.name = h.Host; s.who != "" {
+		s.name = s.who + " " + h.Host // hosts may share a certificate, and nobody takes another's session
+	}
 	return h, nil
 }
 
@@ -301,6 +312,12 @@ func (s *session) join(ctx context.Context, j api.Join) {
 		s.refuse(j.Seq, err)
 		return
 	}
+	u, isURL := src.(*urlSource)
+	if l.open = l.public || isURL && !u.own; !l.open && !s.sealed {
+		l.Release()
+		s.refuse(j.Seq, api.ErrClear)
+		return
+	}
 	l.verify()
 	var data []byte
 	if j.Small {
@@ -364,6 +381,7 @@ func (n *Supernode) sourceOf(j api.Join) (pieces.TaskID, source, error) {
 // refuse answers a join with the origin's own no, or else with what is wrong.
 func (s *session) refuse(seq uint64, err error) {
 	a := api.Refused{Seq: seq, Status: http.StatusBadGateway, Reason: err.Error()}
+	a.Clear = errors.Is(err, api.ErrClear)
 	size := 256 + len(a.Reason)
 	if r, ok := refused(err); ok {
 		a = api.Refused{Seq: seq, Status: r.Status, Header: r.Header, Body: r.Body, Final: true}
@@ -382,9 +400,9 @@ func (s *session) refuse(seq uint64, err error) {
 }
 
 // ticket is the word that the host may read a task.
-func (s *session) ticket(id pieces.TaskID) string {
-	t := api.Ticket{Task: string(id), Host: s.name, Expires: time.Now().Add(api.TicketLife).Unix()}
-	signed, err := api.SignTicket(s.node.key, t)
+func (s *session) ticket(id pieces.TaskID, open bool) string {
+	t := api.Ticket{Task: string(id), Host: cmp.Or(s.who, s.name), Expires: time.Now().Add(api.TicketLife).Unix(), Public: open}
+	signed, err := s.node.keys.sign(t)
 	if err != nil {
 		s.node.log.Error("ticket cannot be signed", zap.Error(err))
 	}
@@ -406,9 +424,9 @@ func (s *session) inline(c *pieces.Content, off, n int64) []byte {
 // message grants a join, or renews its ticket; the ticket is signed when it is sent.
 func (m *member) message(t *task, seq uint64) message {
 	task := api.Task{Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public, Sparse: t.sparse}
-	s := m.session
+	s, open := m.session, m.open
 	return message{size: 512, first: true, add: func(b *api.Down) {
-		task.Ticket = s.ticket(t.id)
+		task.Ticket = s.ticket(t.id, open)
 		b.Task = append(b.Task, task)
 	}}
 }

@@ -2,11 +2,9 @@ package supernode
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -21,10 +19,10 @@ import (
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 const (
-	keyName      = "ticket.key"
 	stopTimeout  = 5 * time.Second // for answers under way when Run is to end
 	keepVersions = 7 * 24 * time.Hour
 	stallTimeout = 10 * time.Second
@@ -38,8 +36,10 @@ type Supernode struct {
 	cfg      Config
 	log      *zap.Logger
 	metrics  *metrics
-	key      ed25519.PrivateKey
-	root     *os.Root // the data directory
+	keys     *ticketKeys
+	guard    identity.Guard
+	ca       *identity.CA // nil where hosts come with certificates of their own
+	root     *os.Root     // the data directory
 	store    *pieces.Store
 	tags     *notes
 	lists    *lists
@@ -87,7 +87,10 @@ func (n *Supernode) open(reg Registry) (err error) {
 	if n.root, err = os.OpenRoot(n.cfg.DataDir); err != nil {
 		return fmt.Errorf("open data directory: %w", err)
 	}
-	if n.key, err = loadKey(n.root, n.log); err != nil {
+	if n.keys, err = loadKeys(n.root, n.log); err != nil {
+		return err
+	}
+	if err = n.openIdentity(); err != nil {
 		return err
 	}
 	if n.tags, err = openNotes(n.root, "tags", n.cfg.StaleFor+time.Hour); err != nil {
@@ -148,30 +151,6 @@ func (n *Supernode) newOrigin() *origin {
 	return o
 }
 
-// loadKey reads the key that tickets are signed with, or makes one.
-func loadKey(root *os.Root, log *zap.Logger) (ed25519.PrivateKey, error) {
-	b, err := readSmall(root, keyName, ed25519.SeedSize)
-	if err == nil && len(b) == ed25519.SeedSize {
-		return ed25519.NewKeyFromSeed(b), nil
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("read the key of tickets: %w", err)
-	}
-	if err == nil {
-		log.Warn("damaged key of tickets replaced", zap.String("file", keyName))
-	}
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err == nil {
-		err = writeSmall(root, keyName, key.Seed(), true)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("make the key of tickets: %w", err)
-	}
-	return key, nil
-}
-
-func (n *Supernode) publicKey() ed25519.PublicKey { return n.key.Public().(ed25519.PublicKey) }
-
 // Handler serves all of the supernode's HTTP. It needs Run to be running.
 func (n *Supernode) Handler() http.Handler { return n.engine }
 
@@ -196,6 +175,13 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 		ErrorLog: errorLog, // what clients do to their connections
 	}
 	(&api.Gate{All: maxConnections, Each: n.cfg.AddressConnections}).Guard(srv, n.metrics.refused.Inc)
+	go n.keys.run(regionCtx, func() {
+		keys := n.keys.wire()
+		n.region.do(func() { n.region.tellKeys(keys) })
+	})
+	if ln != nil && n.guard.Source != nil {
+		ln = tls.NewListener(ln, n.guard.Source.Server(false))
+	}
 	if ln != nil {
 		n.log.Info("serving", zap.String("address", ln.Addr().String()), zap.String("advertised", n.cfg.Advertise))
 		go func() { served <- srv.Serve(ln) }()

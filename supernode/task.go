@@ -36,6 +36,7 @@ type task struct {
 type member struct {
 	*session
 	public   bool
+	open     bool  // as the lease's
 	lazy     bool  // it wants only what its readers wait for
 	wants    []int // what they wait for, where the origin can be asked for it
 	given    bool  // all of it with the answer to the join, and is none of the scheduler's
@@ -70,7 +71,7 @@ func (r *region) grant(s *session, j api.Join, l *lease, data []byte) {
 		m = &member{session: s, ticketed: now, lazy: j.Lazy}
 		t.members[s.id] = m
 	}
-	m.public = l.public
+	m.public, m.open = l.public, l.open
 	t.needed = now
 	if fresh && data != nil && r.gives(s, t, len(data)) {
 		m.given = true

@@ -28,7 +28,7 @@ the hosts' API, /metrics, /healthz, /readyz, and /v2/: a pull-through mirror for
 hosts without a dfdaemon.`,
 		Config:   &cfg,
 		Run:      cfg.run,
-		Commands: []cli.Command{simulateCommand(os.Stdout, os.Stderr), tokenCommand(os.Stdout)},
+		Commands: []cli.Command{simulateCommand(os.Stdout, os.Stderr), tokenCommand(os.Stdout), caCommand(os.Stdout)},
 	}.Main()
 }
 
@@ -39,6 +39,9 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Listen, "listen", c.Listen, "`host:port` to serve on")
 	fs.StringVar(&c.Advertise, "advertise", c.Advertise, "`host` at which the region's hosts reach this one")
 	fs.StringVar(&c.DataDir, "data-dir", c.DataDir, "where content is kept; one process at a time uses it")
+	fs.StringVar(&c.TLS, "tls", c.TLS, "`directory` with tls.crt, tls.key and ca.crt: hosts show certificates of that authority")
+	fs.StringVar(&c.CA, "ca", c.CA, "`directory` that supernode ca made: hosts come with its join tokens and get certificates")
+	fs.BoolVar(&c.ClearPrivate, "clear-private", c.ClearPrivate, "give private images to hosts without TLS: where the network itself is encrypted")
 	fs.Var(cli.Size(&c.Quota), "quota", "most content kept, 0 for no bound; more saves fetches from registries")
 	fs.Var(cli.Size(&c.KeepFree), "keep-free", "how much of the disk is left free, at most half of it")
 	fs.Var(cli.Size(&c.ScrubRate), "scrub-rate", "how much of what is kept is looked at for rot, a second; 0 for none")

@@ -175,6 +175,8 @@ func (c *check) session(ctx context.Context, s *Step) {
 	switch {
 	case err != nil:
 		s.end(Past, "not known", "dfdaemon's metrics cannot be read: "+err.Error()+": name its --metrics-listen with --metrics")
+	case m.session && !m.sealed:
+		s.Says = "a session with a supernode stands; TLS is off, so private images are pulled past the region: see docs/security.md"
 	case m.session:
 		s.Says = "a session with a supernode stands"
 	default:

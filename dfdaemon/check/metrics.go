@@ -18,7 +18,7 @@ import (
 
 // counts are those of dfdaemon's metrics that tell where bytes come from.
 type counts struct {
-	session                     bool
+	session, sealed             bool
 	direct, received, fallbacks map[string]int64 // by what is asked, source, cause
 }
 
@@ -56,7 +56,9 @@ func (c *check) metrics(ctx context.Context) (*counts, error) {
 		}
 		return m
 	}
+	sealed := families["damselfly_session_sealed"]
 	return &counts{
+		sealed:  sealed == nil || sealed.GetMetric()[0].GetGauge().GetValue() == 1,
 		session: families["damselfly_session_up"].GetMetric()[0].GetGauge().GetValue() == 1,
 		direct:  by("damselfly_mirror_direct_total"), received: by("damselfly_received_bytes_total"), fallbacks: by("damselfly_fallbacks_total"),
 	}, nil
@@ -81,6 +83,7 @@ var causes = map[string]string{
 	"session_lost": "the session with the supernode broke off",
 	"silent":       "nothing came from the swarm: do --advertise and the network let hosts reach each other?",
 	"late":         "what was waited for did not come from the swarm",
+	"clear":        "it is private, and TLS is off: see docs/security.md",
 	"store":        "the store could not hold it: is the disk full, or --quota small?",
 }
 
@@ -96,7 +99,7 @@ func (c *check) judge(ctx context.Context, before *counts, resp *http.Response, 
 	}
 	s.Sources = since(before.received, after.received)
 	if direct := since(before.direct, after.direct); len(direct) > 0 {
-		s.end(Past, s.Says, "it went to the registry: "+after.reason())
+		s.end(Past, s.Says, "it went to the registry: "+after.reason(direct))
 	}
 	for _, cause := range slices.Sorted(maps.Keys(since(before.fallbacks, after.fallbacks))) {
 		s.end(Past, s.Says, "it went to the registry: "+strings.TrimSpace(causes[cause]+" ("+cause+")"))
@@ -107,7 +110,10 @@ func (c *check) judge(ctx context.Context, before *counts, resp *http.Response, 
 }
 
 // reason says why the supernode was not asked.
-func (c *counts) reason() string {
+func (c *counts) reason(direct map[string]int64) string {
+	if direct["clear"] > 0 {
+		return causes["clear"]
+	}
 	if !c.session {
 		return "no session with a supernode stands"
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -372,7 +373,9 @@ func TestTicket(t *testing.T) {
 		return s
 	}
 	good := sign(priv, Ticket{Task: string(id), Host: "h", Expires: 1001})
-	got, err := VerifyTicket(pub, good, id, now)
+	before, _, err := ed25519.GenerateKey(nil)
+	require.NoError(t, err)
+	got, err := VerifyTicket([]ed25519.PublicKey{nil, before, pub}, good, id, now)
 	require.NoError(t, err)
 	require.Equal(t, "h", got.Host)
 	body, sig, _ := strings.Cut(good, ".")
@@ -388,11 +391,27 @@ func TestTicket(t *testing.T) {
 			return b + "." + sig
 		}(),
 	} {
-		_, err := VerifyTicket(pub, s, id, now)
+		_, err := VerifyTicket([]ed25519.PublicKey{pub}, s, id, now)
 		require.ErrorIs(t, err, ErrTicket, name)
 	}
 	_, err = VerifyTicket(nil, good, id, now)
 	require.ErrorIs(t, err, ErrTicket)
+}
+
+func TestTicketPermits(t *testing.T) {
+	private, public := Ticket{Host: "a"}, Ticket{Host: "a", Public: true}
+	require.NoError(t, private.Permits("a", true))
+	require.NoError(t, private.Permits("", true), "nobody shows a certificate where TLS is off")
+	require.ErrorIs(t, private.Permits("b", true), ErrTicket)
+	require.ErrorIs(t, public.Permits("b", true), ErrTicket)
+	require.ErrorIs(t, private.Permits("", false), ErrClear)
+	require.NoError(t, public.Permits("", false))
+}
+
+func TestTicketKeys(t *testing.T) {
+	key := make([]byte, ed25519.PublicKeySize)
+	require.Len(t, TicketKeys([][]byte{key, nil, key[1:], key}), 2)
+	require.Len(t, TicketKeys(slices.Repeat([][]byte{key}, 1000)), MaxKeys)
 }
 
 func FuzzUp(f *testing.F) {
@@ -424,7 +443,7 @@ func FuzzVerifyTicket(f *testing.F) {
 	require.NoError(f, err)
 	f.Add(good)
 	f.Fuzz(func(t *testing.T, s string) {
-		if _, err := VerifyTicket(pub, s, id, time.Unix(1000, 0)); err == nil && s != good {
+		if _, err := VerifyTicket([]ed25519.PublicKey{pub}, s, id, time.Unix(1000, 0)); err == nil && s != good {
 			// base64 without padding has spare bits at its end; the bytes are the same.
 			require.Len(t, s, len(good))
 		}

@@ -49,6 +49,7 @@ const (
 	CodeRange        = "range"          // 416
 	CodeUnavailable  = "unavailable"    // 502, 503: the origin or the region cannot answer now
 	CodeBusy         = "busy"           // 503: come back after RetryHeader
+	CodeClear        = "clear"          // 502: it is private, and the connection is not encrypted
 	CodeNotAllowed   = "not_allowed"    // 405
 	CodeTooManyHosts = "too_many_hosts" // 503
 )

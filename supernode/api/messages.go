@@ -3,6 +3,7 @@
 package api
 
 import (
+	"crypto/ed25519"
 	"time"
 
 	"damselfly.dev/pieces"
@@ -44,6 +45,7 @@ type Down struct {
 	Progress   []Progress   `cbor:"8,keyasint,omitempty"`
 	Verify     []Verify     `cbor:"9,keyasint,omitempty"`
 	Asking     []uint64     `cbor:"10,keyasint,omitempty"` // Joins, by their Seq, that wait for the origin; said once a second
+	Keys       [][]byte     `cbor:"11,keyasint,omitempty"` // those of the Welcome, anew
 }
 
 // Hello introduces a host.
@@ -63,6 +65,23 @@ type Hello struct {
 type Welcome struct {
 	Version   int    `cbor:"1,keyasint"`
 	TicketKey []byte `cbor:"2,keyasint"` // the Ed25519 public key that tickets are signed with
+	// Keys are all with which tickets may be signed: the last one, TicketKey, and
+	// the next one, so that every host knows a key before the first ticket of it. At
+	// most MaxKeys.
+	Keys [][]byte `cbor:"3,keyasint,omitempty"`
+}
+
+// MaxKeys bounds the keys of tickets that a host remembers of a supernode.
+const MaxKeys = 16
+
+// TicketKeys returns the keys in a Welcome or a Down that are some.
+func TicketKeys(keys [][]byte) (good []ed25519.PublicKey) {
+	for _, k := range keys[:min(len(keys), MaxKeys)] {
+		if len(k) == ed25519.PublicKeySize {
+			good = append(good, k)
+		}
+	}
+	return good
 }
 
 // Hold says which pieces of a task the host has, without wanting more; it
@@ -208,6 +227,7 @@ type Refused struct {
 	Body   []byte              `cbor:"4,keyasint,omitempty"`
 	Final  bool                `cbor:"5,keyasint,omitempty"`
 	Reason string              `cbor:"6,keyasint,omitempty"` // for people
+	Clear  bool                `cbor:"7,keyasint,omitempty"` // the task is private, and the session not encrypted
 }
 
 // Digests are the digests of the pieces from First on, as pieces.ParseDigests

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,20 +15,39 @@ import (
 )
 
 // TicketLife is how long a ticket is good for; a host with a running task gets
-// a new one at half of it.
-const TicketLife = time.Hour
+// a new one at half of it, so clocks may differ by that.
+const TicketLife = 10 * time.Minute
 
 // Ticket is a supernode's word that a host may read a task. Who serves pieces
 // asks for it on every request; it holds no credential of anybody.
 type Ticket struct {
 	Task    string `cbor:"1,keyasint"`
-	Host    string `cbor:"2,keyasint"`
+	Host    string `cbor:"2,keyasint"` // as its certificate says; without TLS as it says itself
 	Expires int64  `cbor:"3,keyasint"` // Unix seconds
+	Public  bool   `cbor:"4,keyasint,omitempty"`
 }
 
-// ErrTicket is returned for a ticket that is missing, malformed, forged,
-// expired, or for another task.
-var ErrTicket = errors.New("no valid ticket for this task")
+// Errors of tickets.
+var (
+	// ErrTicket is returned for a ticket that is missing, malformed, forged,
+	// expired, for another task, or another host's.
+	ErrTicket = errors.New("no valid ticket for this task")
+	// ErrClear is returned where what not everybody may read would go over a
+	// connection that others may listen to.
+	ErrClear = errors.New("what is private is not sent in clear: turn TLS on, see docs/security.md")
+)
+
+// Permits tells whether t lets in who has come: host is the name in its
+// certificate, "" without TLS, and sealed tells that nobody can listen.
+func (t Ticket) Permits(host string, sealed bool) error {
+	switch {
+	case host != "" && t.Host != host:
+		return ErrTicket
+	case !sealed && !t.Public:
+		return ErrClear
+	}
+	return nil
+}
 
 // SignTicket returns t in its signed form, safe in a header.
 func SignTicket(key ed25519.PrivateKey, t Ticket) (string, error) {
@@ -39,17 +59,21 @@ func SignTicket(key ed25519.PrivateKey, t Ticket) (string, error) {
 	return enc.EncodeToString(body) + "." + enc.EncodeToString(ed25519.Sign(key, body)), nil
 }
 
-// VerifyTicket checks a signed ticket for task; any failure is ErrTicket.
-func VerifyTicket(key ed25519.PublicKey, signed string, task pieces.TaskID, now time.Time) (Ticket, error) {
+// VerifyTicket checks a signed ticket for task, of any of the keys; any failure
+// is ErrTicket.
+func VerifyTicket(keys []ed25519.PublicKey, signed string, task pieces.TaskID, now time.Time) (Ticket, error) {
 	var t Ticket
 	b, s, ok := strings.Cut(signed, ".")
-	if !ok || len(signed) > 1024 || len(key) != ed25519.PublicKeySize {
+	if !ok || len(signed) > 1024 {
 		return t, ErrTicket
 	}
 	enc := base64.RawURLEncoding
 	body, err1 := enc.DecodeString(b)
 	sig, err2 := enc.DecodeString(s)
-	if err1 != nil || err2 != nil || !ed25519.Verify(key, body, sig) {
+	signs := func(k ed25519.PublicKey) bool {
+		return len(k) == ed25519.PublicKeySize && ed25519.Verify(k, body, sig)
+	}
+	if err1 != nil || err2 != nil || !slices.ContainsFunc(keys, signs) {
 		return t, ErrTicket
 	}
 	dec, err := decMode()

@@ -328,10 +328,18 @@ func startSite(ctx context.Context, t *testing.T, bin, kind string, ipv6 bool) *
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.supernode, err = programs.StartSupernode(ctx, l.Host("supernode"), bin, nil, flag); err != nil {
+	centre, daemon := []string{flag}, []string{flag}
+	if s.private { // what is private goes to no host in clear
+		ca, token, err := programs.Secured(ctx, bin, filepath.Join(l.Dir(), "ca"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		centre, daemon = append(centre, ca), append(daemon, token)
+	}
+	if s.supernode, err = programs.StartSupernode(ctx, l.Host("supernode"), bin, nil, centre...); err != nil {
 		t.Fatal(err)
 	}
-	if s.daemon, err = programs.StartDaemon(ctx, s.host, bin, s.supernode.URL(), nil, flag); err != nil {
+	if s.daemon, err = programs.StartDaemon(ctx, s.host, bin, s.supernode.URL(), nil, daemon...); err != nil {
 		t.Fatal(err)
 	}
 	s.mirror = strings.TrimPrefix(s.daemon.Mirror(), "http://")

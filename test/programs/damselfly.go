@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"damselfly.dev/test/lab"
 )
@@ -18,12 +19,17 @@ type Supernode struct {
 	bin       string
 	upstreams map[string]string
 	flags     []string
+	base      string
 }
 
 // StartSupernode starts the supernode in bin for the registries named by
 // upstreams, with more flags if there are any. Started again on the same host
 // it finds what the one before left.
 func StartSupernode(ctx context.Context, h *lab.Host, bin string, upstreams map[string]string, flags ...string) (*Supernode, error) {
+	flags, err := withTLS(ctx, bin, "supernode", flags)
+	if err != nil {
+		return nil, err
+	}
 	args := []string{
 		"--listen", netip.AddrPortFrom(h.IP(), apiPort).String(),
 		"--advertise", h.IP().String(),
@@ -31,15 +37,18 @@ func StartSupernode(ctx context.Context, h *lab.Host, bin string, upstreams map[
 	}
 	args = slices.Concat(args, zone(h), registries(upstreams), flags)
 	cmd := exec.Command(filepath.Join(bin, "supernode"), args...) //nolint:gosec // G204: built by Build
-	s, err := serve(ctx, h, "supernode", cmd, url(h.IP(), apiPort, "/healthz"), url(h.IP(), apiPort, "/metrics"))
-	if err != nil {
+	n := &Supernode{bin: bin, upstreams: upstreams, flags: flags, base: url(h.IP(), apiPort, "")}
+	if isSecure(flags) && !slices.Contains(flags, "--clear-private") {
+		n.base = strings.Replace(n.base, "http:", "https:", 1)
+	}
+	if n.server, err = serve(ctx, h, "supernode", cmd, n.base+"/healthz", n.base+"/metrics"); err != nil {
 		return nil, err
 	}
-	return &Supernode{server: s, bin: bin, upstreams: upstreams, flags: flags}, nil
+	return n, nil
 }
 
 // URL is where the supernode answers.
-func (s *Supernode) URL() string { return url(s.Host.IP(), apiPort, "") }
+func (s *Supernode) URL() string { return s.base }
 
 // Restart starts the supernode again after its process has ended.
 func (s *Supernode) Restart(ctx context.Context) error {
@@ -83,6 +92,10 @@ type Daemon struct {
 // supernode is a URL. Started again on the same host it finds what the one
 // before left.
 func StartDaemon(ctx context.Context, h *lab.Host, bin, supernode string, upstreams map[string]string, flags ...string) (*Daemon, error) {
+	flags, err := withTLS(ctx, bin, "dfdaemon", flags)
+	if err != nil {
+		return nil, err
+	}
 	args := []string{
 		"--supernode", supernode,
 		"--advertise", h.IP().String(),

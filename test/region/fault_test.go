@@ -32,14 +32,16 @@ func newFault(t *testing.T, spoil func(body io.ReadCloser, r *http.Request) io.R
 			}
 			return nil
 		},
+		Transport:     secure().transport(),
 		FlushInterval: -1,
 		ErrorLog:      log.New(io.Discard, "", 0),
 		ErrorHandler:  func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
 	}
-	f.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	f.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		f.asked.Add(1)
 		proxy.ServeHTTP(w, r)
 	}))
+	secure().begin(f.Server)
 	t.Cleanup(f.Close)
 	return f
 }

@@ -1,6 +1,7 @@
 package region_test
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -42,10 +43,11 @@ type node struct {
 	metrics *prometheus.Registry
 	address string // that clients use
 	proxy   string // of a host: its forward proxy
+	scheme  string // of its URLs, "" for http
 	end     func() // ends it and waits; at the latest with the test
 }
 
-func (n *node) url() string { return "http://" + n.address }
+func (n *node) url() string { return cmp.Or(n.scheme, "http") + "://" + n.address }
 
 // value returns the sum of a metric over those of its series that have the label
 // value, all with "".
@@ -77,10 +79,14 @@ func startSupernodeFor(t *testing.T, from registryproxy.Config, dir, address str
 	}
 	cfg := supernode.Default()
 	cfg.DataDir, cfg.Listen, cfg.Registries = dir, address, from
+	cfg.TLS = secure().settings()
 	for _, e := range edit {
 		e(&cfg)
 	}
-	n := &node{}
+	n := &node{scheme: "http"}
+	if cfg.TLS != "" || cfg.CA != "" {
+		n.scheme = "https"
+	}
 	n.address, n.metrics, n.end = region.StartSupernode(t, cfg, infoLog(t))
 	return n
 }
@@ -103,7 +109,7 @@ func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *faul
 	if centre != nil && strings.HasPrefix(centre.address, "[::1]:") {
 		cfg.MirrorListen, cfg.PeerListen = "[::1]:0", "[::1]:0"
 	}
-	cfg.Registries = from
+	cfg.Registries, cfg.TLS = from, secure().settings()
 	for _, change := range changes {
 		change(&cfg)
 	}
@@ -116,9 +122,9 @@ func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *faul
 		cfg.Advertise = u.Host
 	}
 	d, metrics, end := region.StartHost(t, cfg, infoLog(t))
-	n := &node{metrics, d.MirrorAddr(), d.ProxyAddr(), end}
+	n := &node{metrics: metrics, address: d.MirrorAddr(), proxy: d.ProxyAddr(), end: end}
 	if f != nil {
-		f.target.Store(&url.URL{Scheme: "http", Host: d.PeerAddr()})
+		f.target.Store(secure().target(d.PeerAddr()))
 	}
 	if centre != nil && centre.metrics != nil {
 		require.Eventually(t, func() bool { return n.value(t, "damselfly_session_up", "") == 1 }, waitLimit, waitTick)

@@ -173,7 +173,7 @@ func get(t *testing.T, base, path, authorization string) answer {
 	if authorization != "" {
 		r.Header.Set("Authorization", authorization)
 	}
-	resp, err := http.DefaultClient.Do(r)
+	resp, err := secure().client(base).Do(r)
 	require.NoError(t, err)
 	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(resp.Body)

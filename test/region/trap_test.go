@@ -2,6 +2,7 @@ package region_test
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"log"
@@ -53,6 +54,7 @@ func newTrap(t *testing.T, kind, fault, at string) *trap {
 	proxy := &httputil.ReverseProxy{
 		Rewrite:        func(r *httputil.ProxyRequest) { r.SetURL(p.target.Load()) },
 		ModifyResponse: p.spoil,
+		Transport:      secure().transport(),
 		FlushInterval:  -1,
 		ErrorLog:       log.New(io.Discard, "", 0),
 		ErrorHandler:   func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
@@ -64,8 +66,13 @@ func newTrap(t *testing.T, kind, fault, at string) *trap {
 		proxy.ServeHTTP(w, r)
 	}))
 	p.Config.ErrorLog = log.New(io.Discard, "", 0)
-	p.Config.ConnContext = func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) }
-	p.Start()
+	p.Config.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		if s, ok := c.(*tls.Conn); ok {
+			c = s.NetConn()
+		}
+		return context.WithValue(ctx, connKey{}, c)
+	}
+	secure().begin(p.Server)
 	t.Cleanup(p.CloseClientConnections)
 	t.Cleanup(p.Close)
 	return p
