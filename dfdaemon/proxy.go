@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap"
 
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -154,15 +155,7 @@ func newProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer) (p *proxy, 
 
 // badGateway answers where nobody gives what was asked for.
 func badGateway(w http.ResponseWriter, err error) {
-	http.Error(w, "damselfly: "+withoutURL(err).Error(), http.StatusBadGateway)
-}
-
-// withoutURL is an error without the URL, whose query may be a secret.
-func withoutURL(err error) error {
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		return e.Err
-	}
-	return err
+	http.Error(w, "damselfly: "+api.WithoutURL(err).Error(), http.StatusBadGateway)
 }
 
 // RoundTrip implements http.RoundTripper, for forward.

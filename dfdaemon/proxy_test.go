@@ -28,6 +28,7 @@ import (
 	"golang.org/x/crypto/bcrypt"
 
 	"damselfly.dev/registryproxy"
+	"damselfly.dev/test/meter"
 )
 
 // proxied is a client behind the forward proxy of a dfdaemon.
@@ -101,20 +102,7 @@ func (p *proxied) ask(t *testing.T, method, target string, header http.Header, b
 
 func (p *proxied) count(t *testing.T, action string) int {
 	t.Helper()
-	families, err := p.metrics.Gather()
-	require.NoError(t, err)
-	for _, f := range families {
-		if f.GetName() != "damselfly_proxy_requests_total" {
-			continue
-		}
-		for _, m := range f.GetMetric() {
-			if m.GetLabel()[0].GetValue() == action {
-				return int(m.GetCounter().GetValue())
-			}
-		}
-	}
-	t.Fatalf("no metric of the action %s", action)
-	return 0
+	return int(meter.Value(t, p.metrics, "damselfly_proxy_requests_total", action))
 }
 
 // plain is the configuration of registries that are spoken to in plain HTTP.

@@ -87,7 +87,7 @@ func (y *relay) ask(r *http.Request, route registryproxy.Route) (*answer, error)
 	}
 	resp, err := y.client.Do(out)
 	if err != nil {
-		return nil, fmt.Errorf("ask the supernode: %w", withoutURL(err))
+		return nil, fmt.Errorf("ask the supernode: %w", api.WithoutURL(err))
 	}
 	defer func() { _ = resp.Body.Close() }()
 	a, err := read(resp, route)

@@ -4,12 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"time"
 
 	"damselfly.dev/supernode/api"
@@ -55,10 +53,7 @@ func SocketContent(ctx context.Context, socket string, want ContentRequest) (bod
 	}}
 	resp, err := client.Do(req)
 	if err != nil {
-		if u, ok := errors.AsType[*url.Error](err); ok {
-			err = u.Err
-		}
-		return nil, 0, fmt.Errorf("dfdaemon at %s: %w", socket, err)
+		return nil, 0, fmt.Errorf("dfdaemon at %s: %w", socket, api.WithoutURL(err))
 	}
 	if resp.StatusCode == http.StatusOK {
 		return resp.Body, resp.ContentLength, nil

@@ -158,11 +158,7 @@ func (w *web) open(ctx context.Context, cancel context.CancelCauseFunc, off int6
 	resp, err := w.client.Do(req) //nolint:bodyclose // webBody closes it
 	if err != nil {
 		timer.Stop()
-		err = causeOf(ctx, err)
-		if u, ok := errors.AsType[*url.Error](err); ok {
-			err = u.Err // without the URL, which may be signed
-		}
-		return nil, 0, err
+		return nil, 0, api.WithoutURL(causeOf(ctx, err))
 	}
 	timer.Reset(webTimeout)
 	body := &webBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, timer: timer}

@@ -27,6 +27,7 @@ import (
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/test/meter"
 )
 
 // hub is a registry that counts what it is asked and can be made to misbehave.
@@ -162,17 +163,7 @@ func start(t *testing.T, h *hub, dir string, edit func(*Config)) *testRegion {
 // metric returns the sum of a metric over its labels.
 func (r *testRegion) metric(name string) int {
 	r.t.Helper()
-	families, err := r.reg.Gather()
-	require.NoError(r.t, err)
-	sum := 0.0
-	for _, f := range families {
-		if f.GetName() == name {
-			for _, m := range f.GetMetric() {
-				sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
-			}
-		}
-	}
-	return int(sum)
+	return int(meter.Value(r.t, r.reg, name, ""))
 }
 
 // session returns the session of a host.

@@ -274,9 +274,7 @@ func (s *urlSource) ask(ctx context.Context, method, span string) (*body, error)
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		if u, ok := errors.AsType[*url.Error](err); ok {
-			err = u.Err // without the URL, which may be signed
-		}
+		err = api.WithoutURL(err)
 		if _, barred := errors.AsType[*registryproxy.ReachError](err); barred {
 			return nil, fmt.Errorf("ask %s: %w", s.url.Host, err)
 		}

@@ -373,8 +373,5 @@ func (c *check) get(ctx context.Context, method, path string, accept []string) (
 // send sends a request. Its errors do not quote the URL, whose query is another's.
 func (c *check) send(r *http.Request) (*http.Response, error) {
 	resp, err := c.client.Do(r)
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err
-	}
-	return resp, err
+	return resp, api.WithoutURL(err)
 }

@@ -1,6 +1,11 @@
 package api
 
-import "damselfly.dev/pieces"
+import (
+	"errors"
+	"net/url"
+
+	"damselfly.dev/pieces"
+)
 
 // Paths of the HTTP API. ContentPath is served by the supernode and by every
 // peer: GET with Range gives the bytes of pieces that it has.
@@ -53,3 +58,11 @@ const (
 	CodeNotAllowed   = "not_allowed"    // 405
 	CodeTooManyHosts = "too_many_hosts" // 503
 )
+
+// WithoutURL is an error of net/http's without the URL, which may hold a secret.
+func WithoutURL(err error) error {
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		return e.Err
+	}
+	return err
+}
