@@ -2,10 +2,12 @@ package pieces
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -23,6 +25,7 @@ type Content struct {
 	files    sync.Mutex // guards what follows
 	content  *os.File   // opened on first use
 	record   *os.File   // opened on first use
+	reader   *os.File   // the content, where it cannot be opened for writing
 	released bool
 }
 
@@ -81,7 +84,7 @@ func (c *Content) Release() { c.releaseOnce.Do(c.release) }
 func (c *Content) release() {
 	c.files.Lock()
 	c.released = true
-	for _, f := range []*os.File{c.content, c.record} {
+	for _, f := range []*os.File{c.content, c.record, c.reader} {
 		if f != nil {
 			_ = f.Close()
 		}
@@ -269,13 +272,26 @@ func (c *Content) change(edit func(*Meta), durable bool) error {
 // file returns c's own file behind p, c.content or c.record, opening it when it
 // is not yet open.
 func (c *Content) file(p **os.File, name string) (*os.File, error) {
+	return c.openFor(p, name, os.O_RDWR)
+}
+
+// toRead is the content's file for who only reads it.
+func (c *Content) toRead() (*os.File, error) {
+	f, err := c.file(&c.content, contentName)
+	if errors.Is(err, syscall.EROFS) {
+		return c.openFor(&c.reader, contentName, os.O_RDONLY)
+	}
+	return f, err
+}
+
+func (c *Content) openFor(p **os.File, name string, flag int) (*os.File, error) {
 	c.files.Lock()
 	defer c.files.Unlock()
 	if c.released {
 		return nil, os.ErrClosed
 	}
 	if *p == nil {
-		f, err := c.open(name, os.O_RDWR)
+		f, err := c.open(name, flag)
 		if err != nil {
 			return nil, err
 		}

@@ -64,7 +64,7 @@ const maxSpare = 4
 const smallCopy = 64 << 10
 
 func (c *Content) copySmall(w io.Writer, off, n int64) (int64, error) {
-	f, err := c.file(&c.content, contentName)
+	f, err := c.toRead()
 	if err == nil {
 		err = c.ended()
 	}
@@ -226,7 +226,7 @@ func (c *Content) NewReader(ctx context.Context, off, n int64) *Reader {
 	r := &Reader{c: c, ctx: ctx, off: off, end: off + n, err: c.checkRange(off, n)}
 	// Opened here so that what is present stays readable after Remove; an error
 	// comes again with the first Read.
-	_, _ = c.file(&c.content, contentName)
+	_, _ = c.toRead()
 	return r
 }
 
@@ -257,7 +257,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	f, err := r.c.file(&r.c.content, contentName)
+	f, err := r.c.toRead()
 	if err != nil {
 		return 0, fmt.Errorf("read %s: %w", r.c.id, err)
 	}

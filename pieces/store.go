@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
@@ -58,6 +59,7 @@ type StoreConfig struct {
 	OnLost  func(TaskID, []int)
 
 	before func(*op) error // of tests: called before each change on the disk, which an error prevents
+	perm   func(int) []int // of tests: orders what is dropped of windows
 }
 
 // Store keeps the contents of tasks in one directory on disk. Its methods may be
@@ -91,6 +93,9 @@ type Held struct {
 // process can have it open: another gets ErrLocked. Tasks that are damaged are
 // dropped; after an end without Close each piece is verified before its first use.
 func OpenStore(dir string, cfg StoreConfig) (*Store, error) {
+	if cfg.perm == nil {
+		cfg.perm = rand.Perm
+	}
 	s := &Store{cfg: cfg, tasks: make(map[TaskID]*task)}
 	err := s.open(dir)
 	if err == nil {

@@ -35,7 +35,7 @@ func (c *Content) verified(i int) (bool, error) {
 // verify looks at piece i on the disk, and takes it out when it is not what was
 // recorded, or cannot be read. An error says that it could not be looked at.
 func (c *Content) verify(i int) (bool, error) {
-	f, err := c.file(&c.content, contentName)
+	f, err := c.toRead()
 	if err != nil {
 		return false, err
 	}

@@ -2,7 +2,6 @@ package pieces
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"os"
 )
 
@@ -135,7 +134,7 @@ func (c *Content) reserve(n int64) int64 {
 func (c *Content) give(f *os.File, n int64) bool {
 	var dropped []int
 	low := n + c.held()/slackShare
-	for _, i := range rand.Perm(c.layout.Count()) { //nolint:gosec // no secret
+	for _, i := range c.store.cfg.perm(c.layout.Count()) {
 		if low <= 0 {
 			break
 		}
