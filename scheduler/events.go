@@ -364,7 +364,7 @@ func (s *Scheduler) Tick(now time.Time) {
 	for _, tr := range s.transfers {
 		switch {
 		case s.now-tr.since <= young || tr.child == nil: // which looks at nothing but tr
-		case tr.late && s.lags(tr, hopeless):
+		case tr.late && (s.lags(tr, hopeless) || tr.parent.host.crowded()):
 			s.giveUp(tr)
 		case !tr.reopened && s.lags(tr, 1):
 			s.lagging(tr)

@@ -70,6 +70,12 @@ func (h *host) receives(now time.Duration, slow bool) bool {
 	return h.in-min(h.thinIn, h.down) < lanes && len(h.downs)-h.ending < most*h.down && h.ending < mostSoon*h.down && now >= h.recvRests
 }
 
+// crowded tells whether h has a lane free and no place for a transfer on it, for
+// those that are late: hosts that take and never end must not have all places.
+func (h *host) crowded() bool {
+	return len(h.ups)-h.leaving >= most*h.up && h.out-min(h.thinOut, h.up) < h.lent
+}
+
 // gets tells whether h gets something from parent now.
 func (h *host) gets(parent *host) bool {
 	for _, tr := range h.downs {
