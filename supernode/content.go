@@ -17,9 +17,17 @@ import (
 
 const (
 	busyRetry = 100 * time.Millisecond
-	// stepSize is how much a reader must take within stepTime.
+	// stepSize is how much a reader must take within stepTime; a host, which has
+	// others to turn to, a hostStep in hostTime: one that stalls soon makes room.
 	stepSize = 4 << 20
 	stepTime = 2 * time.Minute
+	hostStep = 512 << 10
+	hostTime = 15 * time.Second
+	// uploadsAtOnce for each lane are more than are ever assigned, and uploadsOfOne
+	// what one host has that follows its assignments: what runs, and what lags. A host that
+	// does not follow them takes the places of few others.
+	uploadsAtOnce = 32
+	uploadsOfOne  = 3
 )
 
 // serveContent gives holders of a ticket what is present of a task.
@@ -41,14 +49,12 @@ func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task st
 		writeError(w, http.StatusUnauthorized, api.CodeUnauthorized, err.Error())
 		return
 	}
-	select {
-	case n.uploads <- struct{}{}:
-		defer func() { <-n.uploads }()
-	default:
+	if !n.uploads.Enter(ticket.Host) {
 		w.Header().Set(api.RetryHeader, strconv.FormatInt(busyRetry.Milliseconds(), 10))
 		writeError(w, http.StatusServiceUnavailable, api.CodeBusy, "all upload lanes are in use")
 		return
 	}
+	defer n.uploads.Leave(ticket.Host)
 	f := n.origin.find(id)
 	c, err := n.store.Get(id)
 	if err != nil {
@@ -77,6 +83,7 @@ func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task st
 		return
 	}
 	out := newSteady(w)
+	out.size, out.time = hostStep, hostTime
 	defer out.done()
 	sent, err := c.CopyRange(out, span.Offset, span.Length)
 	n.metrics.sentBytes.Add(float64(sent))
@@ -103,9 +110,13 @@ func (l *lease) lacks(span registryproxy.ByteRange) int {
 type steady struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
+	size    int64 // of a step,
+	time    time.Duration
 }
 
-func newSteady(w http.ResponseWriter) *steady { return &steady{w, http.NewResponseController(w)} }
+func newSteady(w http.ResponseWriter) *steady {
+	return &steady{w, http.NewResponseController(w), stepSize, stepTime}
+}
 
 func (s *steady) Write(p []byte) (int, error) {
 	s.extend()
@@ -128,7 +139,7 @@ func (s *steady) ReadFrom(r io.Reader) (int64, error) {
 	var sent int64
 	for file.N > 0 {
 		s.extend()
-		step := &io.LimitedReader{R: file.R, N: min(file.N, stepSize)}
+		step := &io.LimitedReader{R: file.R, N: min(file.N, s.size)}
 		n, err := io.Copy(w, step)
 		sent += n
 		file.N -= n
@@ -144,7 +155,7 @@ func (s *steady) ReadFrom(r io.Reader) (int64, error) {
 
 // extend sets the time by which the next step must be taken. What cannot keep
 // time, as in tests, has none.
-func (s *steady) extend() { _ = s.control.SetWriteDeadline(time.Now().Add(stepTime)) }
+func (s *steady) extend() { _ = s.control.SetWriteDeadline(time.Now().Add(s.time)) }
 
 // done lets the connection have its time for the next request.
 func (s *steady) done() { _ = s.control.SetWriteDeadline(time.Time{}) }

@@ -129,12 +129,12 @@ func (s *session) stop() {
 
 // serveSession is the life of a session.
 func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
-	if !n.sessions.Enter(r.RemoteAddr) {
+	if !n.sessions.Enter(api.Neighbour(r.RemoteAddr)) {
 		n.metrics.refused.Inc()
 		writeError(w, http.StatusServiceUnavailable, api.CodeTooManyHosts, "this supernode has as many hosts as it may, in all or from one address")
 		return
 	}
-	defer n.sessions.Leave(r.RemoteAddr)
+	defer n.sessions.Leave(api.Neighbour(r.RemoteAddr))
 	conn, err := api.Accept(w, r)
 	if err != nil {
 		return

@@ -48,7 +48,7 @@ type Supernode struct {
 	origin   *origin
 	region   *region
 	rights   *rights
-	uploads  chan struct{} // a place for each upload under way
+	uploads  api.Gate // those to hosts, by the host's id
 	sessions api.Gate
 	engine   *gin.Engine
 	ctx      context.Context // of fetches and sessions
@@ -124,7 +124,7 @@ func (n *Supernode) open(reg Registry) (err error) {
 		stall = stallTimeout
 	}
 	n.web = newWeb(client, stall, n.cfg.TagFreshness, versions, n.log)
-	n.uploads = make(chan struct{}, 3*n.cfg.UpLanes) // what runs, what is next, and what lags
+	n.uploads.All, n.uploads.Each = uploadsAtOnce*n.cfg.UpLanes, uploadsOfOne*n.cfg.UpLanes
 	n.region = newRegion(n.cfg, n.log, n.metrics)
 	n.origin = n.newOrigin()
 	n.region.origin = n.origin

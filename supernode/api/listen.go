@@ -24,38 +24,36 @@ const (
 // Gate bounds how many there are of something that comes from others.
 type Gate struct {
 	All  int // in all
-	Each int // from one address, 0 for no bound; loopback has none
+	Each int // of one who, 0 for no bound
 
 	mu sync.Mutex // guards what follows
 	n  int
-	by map[netip.Addr]int
+	by map[string]int
 }
 
-// Enter tells whether one more may come from an address, which then counts until Leave.
-func (g *Gate) Enter(remote string) bool {
-	addr := addrOf(remote)
+// Enter tells whether one more of who may come, which then counts until Leave. Of
+// "" there may be any number, but for All.
+func (g *Gate) Enter(who string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	near := !addr.IsValid() || addr.IsLoopback()
-	if g.n >= g.All || !near && g.Each > 0 && g.by[addr] >= g.Each {
+	if g.n >= g.All || who != "" && g.Each > 0 && g.by[who] >= g.Each {
 		return false
 	}
 	if g.by == nil {
-		g.by = map[netip.Addr]int{}
+		g.by = map[string]int{}
 	}
 	g.n++
-	g.by[addr]++
+	g.by[who]++
 	return true
 }
 
 // Leave takes back an Enter that has said yes.
-func (g *Gate) Leave(remote string) {
-	addr := addrOf(remote)
+func (g *Gate) Leave(who string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.n--
-	if g.by[addr]--; g.by[addr] == 0 {
-		delete(g.by, addr)
+	if g.by[who]--; g.by[who] == 0 {
+		delete(g.by, who)
 	}
 }
 
@@ -66,10 +64,15 @@ func (g *Gate) Len() int {
 	return g.n
 }
 
-// addrOf is the address of a host:port, none of a socket of the host's own.
-func addrOf(remote string) netip.Addr {
-	from, _ := netip.ParseAddrPort(remote)
-	return from.Addr().Unmap()
+// Neighbour is the address of a connection's other end, as a Gate takes it: "" for
+// who is on this machine.
+func Neighbour(remote string) string {
+	from, _ := netip.ParseAddrPort(remote) // none of a socket of the host's own
+	addr := from.Addr().Unmap()
+	if !addr.IsValid() || addr.IsLoopback() {
+		return ""
+	}
+	return addr.String()
 }
 
 // Guard bounds the connections of s, and what they may take before and between
@@ -80,7 +83,7 @@ func (g *Gate) Guard(s *http.Server, refused func()) {
 	s.ConnState = func(c net.Conn, state http.ConnState) {
 		switch state {
 		case http.StateNew:
-			if g.Enter(c.RemoteAddr().String()) {
+			if g.Enter(Neighbour(c.RemoteAddr().String())) {
 				in.Store(c, nil)
 				return
 			}
@@ -88,7 +91,7 @@ func (g *Gate) Guard(s *http.Server, refused func()) {
 			_ = c.Close()
 		case http.StateClosed, http.StateHijacked:
 			if _, ok := in.LoadAndDelete(c); ok {
-				g.Leave(c.RemoteAddr().String())
+				g.Leave(Neighbour(c.RemoteAddr().String()))
 			}
 		case http.StateActive, http.StateIdle:
 		}
