@@ -116,7 +116,8 @@ func silently(tb testing.TB, name string, off int64) {
 func TestRot(t *testing.T) {
 	for name, find := range map[string]func(*testing.T, *Store, *Content){
 		"scrub": func(t *testing.T, s *Store, _ *Content) {
-			time.Sleep(freshFor + time.Second)
+			t.Helper()
+			<-time.After(freshFor + time.Second)
 			ctx, stop := context.WithTimeoutCause(t.Context(), time.Minute, errors.New("enough"))
 			defer stop()
 			_ = s.Tend(ctx, 4*MinPieceSize)
@@ -125,12 +126,14 @@ func TestRot(t *testing.T) {
 			}
 		},
 		"recheck": func(t *testing.T, _ *Store, c *Content) {
+			t.Helper()
 			if !c.Recheck(2) || c.Recheck(3) || c.Recheck(99) {
 				t.Error("the wrong pieces are right")
 			}
 		},
 		"reader": func(t *testing.T, _ *Store, c *Content) {
-			time.Sleep(freshFor + time.Second)
+			t.Helper()
+			<-time.After(freshFor + time.Second)
 			n, err := c.CopyRange(io.Discard, 0, 5*MinPieceSize)
 			wantErr(t, err, ErrMissing)
 			if n != 3*MinPieceSize {
@@ -138,6 +141,7 @@ func TestRot(t *testing.T) {
 			}
 		},
 		"written to": func(t *testing.T, s *Store, c *Content) {
+			t.Helper()
 			file := filepath.Join(s.Dir(), c.dir, contentName)
 			if err := os.Chtimes(file, time.Now(), time.Now()); err != nil {
 				t.Fatal(err)
@@ -181,7 +185,7 @@ func TestScrubIsGentle(t *testing.T) {
 		if n := tend(time.Minute); n != 0 {
 			t.Errorf("%d bytes of what has just come", n)
 		}
-		time.Sleep(freshFor)
+		<-time.After(freshFor)
 		if n := tend(30 * time.Second); n < 15*MinPieceSize || n > 31*MinPieceSize {
 			t.Errorf("%d pieces in 30 s at one a second", n/MinPieceSize)
 		}

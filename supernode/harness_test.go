@@ -235,6 +235,7 @@ type host struct {
 	assigns []api.Assign
 	cancels []uint64
 	invalid []api.Invalidate
+	verify  []api.Verify
 	told    []api.Progress
 	lazy    bool              // looks at assignments and does nothing
 	lies    func([]byte)      // changes what is served to peers
@@ -336,6 +337,7 @@ func (h *host) act(down api.Down) {
 	}
 	h.cancels = append(h.cancels, down.Cancel...)
 	h.invalid = append(h.invalid, down.Invalidate...)
+	h.verify = append(h.verify, down.Verify...)
 	h.told = append(h.told, down.Progress...)
 }
 

@@ -170,6 +170,9 @@ func TestHostThatSendsWrongBytesIsNamedNoMore(t *testing.T) {
 		return strings.Contains(string(r.get(http.MethodGet, "/v1/hosts").body), `"banned":true`)
 	}, wait, poll)
 	require.Positive(t, r.metric("damselfly_verify_failures_total"))
+	liar.await("to be told to look at what it has", func() bool {
+		return len(liar.verify) > 0 && liar.verify[0].Task == d && liar.verify[0].Count == 1
+	})
 
 	late := dial(t, r, "late")
 	_, no = late.join(d, from(""))
