@@ -138,9 +138,7 @@ func read(t *testing.T, from string, limit int64) ([]byte, error) {
 	defer cancel()
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, from, nil)
 	require.NoError(t, err)
-	transport := &http.Transport{}
-	defer transport.CloseIdleConnections()
-	resp, err := transport.RoundTrip(r)
+	resp, err := secure().client(from).Do(r)
 	if err != nil {
 		return nil, err
 	}
