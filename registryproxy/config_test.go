@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -49,6 +50,8 @@ func TestConfigValidate(t *testing.T) {
 		"retries":          {one(Upstream{Retries: few(6)}), `registry "a.b": retries 6: want 0 to 5`},
 		"timeout":          {one(Upstream{HeaderTimeout: -1}), `registry "a.b": connect-timeout and header-timeout: want times above 0, or leave them out`},
 		"readers":          {one(Upstream{Readers: "all"}), `registry "a.b": readers "all": want callers or region`},
+		"away":             {one(Upstream{ReadersWhenAway: -1}), `registry "a.b": readers-when-away -1ns: want 0s to 24h0m0s`},
+		"away too long":    {one(Upstream{ReadersWhenAway: 25 * time.Hour}), `registry "a.b": readers-when-away 25h0m0s: want 0s to 24h0m0s`},
 		"no password":      {one(Upstream{Readers: ReadersRegion, Credentials: Credentials{Username: "u"}}), `registry "a.b": credentials: username and password-file: give both, or neither`},
 		"two ways":         {one(Upstream{Readers: ReadersRegion, Credentials: Credentials{Helper: "u", DockerConfig: "x"}}), `registry "a.b": credentials: give one of username with password-file, docker-config, and helper`},
 		"helper's path":    {one(Upstream{Readers: ReadersRegion, Credentials: Credentials{Helper: "/bin/x"}}), `registry "a.b": credentials.helper "/bin/x": want what follows docker-credential- in the program's name, such as ecr-login`},

@@ -66,6 +66,7 @@ func TestBlobIsGivenOutOnlyUnderARepositoryThatHoldsIt(t *testing.T) {
 	_, no := owner.join(d, from("Basic owner"))
 	require.Nil(t, no)
 	require.Equal(t, hexOf(b), hexOf(owner.content(d)))
+	require.Eventually(t, func() bool { return r.store.Tasks()[0].Complete }, wait, poll)
 
 	mine := from("Basic thief")
 	mine.Repository = "thief/app"
@@ -97,6 +98,27 @@ func TestBlobIsGivenOutOnlyUnderARepositoryThatHoldsIt(t *testing.T) {
 	require.Equal(t, hexOf(b), hexOf(thief.content(d)))
 	require.Equal(t, hexOf(b), hexOf(r.get(http.MethodGet, path, "Authorization", "Basic thief").body))
 	require.Equal(t, asked, h.times(""))
+}
+
+// Of a crowd that asks without credentials first, as engines do, the registry sees
+// one in five seconds, also when there is nothing cached.
+func TestANoIsRemembered(t *testing.T) {
+	h := newHub(t)
+	d := h.blob(t, newBytes(1000))
+	md := h.manifest(t, []byte(`{"schemaVersion":2}`))
+	h.misbehave(private("Basic good"))
+	r := start(t, h, t.TempDir(), nil)
+	for _, path := range []string{v2("blobs", d), v2("manifests", "v1"), v2("manifests", md)} {
+		require.Equal(t, 401, r.get(http.MethodGet, path).status)
+		asked := h.times("")
+		for range 5 {
+			got := r.get(http.MethodGet, path)
+			require.Equal(t, 401, got.status)
+			require.Equal(t, noEntry, string(got.body))
+		}
+		require.Equal(t, asked, h.times(""), path)
+		require.Equal(t, 200, r.get(http.MethodGet, path, "Authorization", "Basic good").status)
+	}
 }
 
 // Who is refused by the registry from some moment on is refused by the region five

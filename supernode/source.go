@@ -95,6 +95,20 @@ type registries struct {
 }
 
 func (s *registrySource) open(ctx context.Context, off, length int64) (*body, error) {
+	if off > 0 {
+		return s.read(ctx, off, length)
+	}
+	err := s.access.Denied(s.kind, s.repo, s.digest, s.who)
+	if err != nil {
+		return nil, err
+	}
+	b, err := s.read(ctx, off, length)
+	s.access.Deny(s.kind, s.repo, s.digest, s.who, err)
+	return b, err
+}
+
+// read asks the registry.
+func (s *registrySource) read(ctx context.Context, off, length int64) (*body, error) {
 	if s.kind == registryproxy.KindBlob {
 		var b *registryproxy.BlobBody
 		var err error

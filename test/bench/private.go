@@ -6,13 +6,17 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"damselfly.dev/test/lab"
+	"damselfly.dev/test/programs"
 )
 
 // private is a crowd of hosts with credentials of their own that pull a private
-// blob, and the same crowd with a public one, in turn.
+// blob, and the same crowd with a public one, in turn; both with TLS, without which
+// a private one does not go from host to host.
 func private(ctx context.Context, e *env) error {
 	hosts, rate := 30, 25*lab.Mbit
 	if e.short {
@@ -20,12 +24,27 @@ func private(ctx context.Context, e *env) error {
 	}
 	size := e.size(mib64)
 	l := equal(hosts, rate)
-	l.hostFlags = []string{quota(size)}
+	dir, err := os.MkdirTemp("", "bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	super, host, err := programs.Secured(ctx, e.bin, filepath.Join(dir, "ca"))
+	if err != nil {
+		return err
+	}
+	l.superFlags, l.hostFlags = []string{super}, []string{quota(size), host}
 	r, err := build(ctx, e.bin, l)
 	if err != nil {
 		return err
 	}
 	defer r.close()
+	if err := r.gather(ctx); err != nil {
+		return err
+	}
+	if _, err := r.cold(ctx, size/8, crowd{}); err != nil { // so that connections are there for both
+		return err
+	}
 	name := fmt.Sprintf("a private blob, %d hosts @ %v, %d MiB: ", hosts, rate, size>>20)
 	var closed, open, heads, origin, busy []float64
 	for run := range e.runs {
@@ -59,6 +78,19 @@ func private(ctx context.Context, e *env) error {
 	e.once(name+"origin copies", origin...)
 	e.atMost(name+"machine busy", "", tooBusy, busy...)
 	return nil
+}
+
+// gather waits until all hosts have sessions: with TLS they first come by certificates.
+func (r *region) gather(ctx context.Context) error {
+	for {
+		n, err := r.super.Hosts(ctx)
+		if err != nil || n >= int64(len(r.hosts)) {
+			return err
+		}
+		if err := wait(ctx, 0.1); err != nil {
+			return err
+		}
+	}
 }
 
 // heads is how often the origin was asked whether a host may read, for the host

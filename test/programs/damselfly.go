@@ -59,6 +59,11 @@ func (s *Supernode) Restart(ctx context.Context) error {
 	return err
 }
 
+// Hosts is how many hosts have a session.
+func (s *Supernode) Hosts(ctx context.Context) (int64, error) {
+	return s.value(ctx, "damselfly_hosts")
+}
+
 // Sent is the supernode's own count of the bytes it has sent to hosts.
 func (s *Supernode) Sent(ctx context.Context) (int64, error) {
 	return s.value(ctx, "damselfly_sent_bytes_total")

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -155,6 +156,13 @@ func newFront(t *testing.T, d *debian, secure bool) *front {
 	return f
 }
 
+// counts returns what has been counted.
+func (f *front) counts() map[string]int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return maps.Clone(f.heads)
+}
+
 // Thirty hosts pull a private image at once, each with a token of its own: the
 // registry gives each blob and the manifest once, and is asked about each host once.
 func TestFlashCrowdOfAPrivateImage(t *testing.T) {
@@ -163,7 +171,8 @@ func TestFlashCrowdOfAPrivateImage(t *testing.T) {
 	d.pushImage(t, "org/app", layers)
 	f := newFront(t, d, true)
 	cfg := registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: f.URL, TLS: registryproxy.TLS{CA: d.cert}}}}
-	centre := startSupernodeFor(t, cfg, t.TempDir(), "")
+	dir := t.TempDir()
+	centre := startSupernodeFor(t, cfg, dir, "")
 	crowd := make([]*node, hosts)
 	for i := range crowd {
 		crowd[i] = startHostFor(t, cfg, centre, nil)
@@ -196,18 +205,24 @@ func TestFlashCrowdOfAPrivateImage(t *testing.T) {
 			gets++
 		}
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	anonymous := f.heads[""]
-	delete(f.heads, "")
+	accepted := f.counts()
+	anonymous := accepted[""]
+	delete(accepted, "")
 	t.Logf("%d hosts: %d GETs, %d HEADs of manifests and %d of blobs; %d HEADs refused", hosts, gets, heads, sizes, anonymous)
 	require.Equal(t, 1+1+layers, gets, "manifest, config and layers: %v", counts)
 	require.LessOrEqual(t, heads, hosts)
-	for _, n := range f.heads {
+	for _, n := range accepted {
 		require.Equal(t, 1, n, "HEADs of one host")
 	}
 	require.LessOrEqual(t, sizes, 1, "the length of what is small and opened ahead")
 	require.LessOrEqual(t, anonymous, 8, "what has no credentials is asked for once in five seconds")
+
+	// After a restart nobody is known as a reader; what the repository holds is.
+	centre.end()
+	again := startSupernodeFor(t, cfg, dir, centre.address)
+	late, since := startHostFor(t, cfg, again, nil), d.logSize(t)
+	require.Equal(t, http.StatusOK, (&engine{d: d, user: user, password: password}).pull(t, late, "org/app"))
+	require.Equal(t, map[string]int{"HEAD /v2/org/app/manifests/v1": 1}, d.logged(t, since))
 }
 
 // attacker is one without the right to read, with what it has.

@@ -28,6 +28,7 @@ registries:
     header-timeout: 20s
     retries: 0
     readers: region
+    readers-when-away: 30m
     credentials:
       username: robot
       password-file: /etc/password
@@ -48,7 +49,7 @@ func parsed() []registryproxy.Upstream {
 		Name: "docker.io", URL: "https://registry.corp:5000/hub",
 		TLS:            registryproxy.TLS{CA: "/etc/ca.pem", ClientCert: "/etc/cert.pem", ClientKey: "/etc/key.pem"},
 		ConnectTimeout: time.Second, HeaderTimeout: 20 * time.Second, Retries: new(int),
-		Readers:     registryproxy.ReadersRegion,
+		Readers: registryproxy.ReadersRegion, ReadersWhenAway: 30 * time.Minute,
 		Credentials: registryproxy.Credentials{Username: "robot", PasswordFile: "/etc/password"},
 		Mirrors: []registryproxy.Mirror{
 			{URL: "http://[fd00::1]:5000", CallerCredentials: true},
