@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"damselfly.dev/dfget"
+	"damselfly.dev/httprange"
 	"damselfly.dev/registryproxy"
 )
 
@@ -65,7 +66,7 @@ func (d *delivery) serve(ctx context.Context, w http.ResponseWriter) error {
 		return err
 	}
 	sent := 0
-	return wanted.Send(w, func(registryproxy.ByteRange) error {
+	return wanted.Send(w, func(httprange.Range) error {
 		rest := wanted.Ranges[sent:]
 		sent++
 		return d.send(ctx, w, rest)
@@ -90,7 +91,7 @@ func (d *delivery) open(ctx context.Context) (wanted registryproxy.Selection, er
 		return wanted, err
 	}
 	header := registryproxy.WantedRange(d.asked, d.etag)
-	span, partial, err := registryproxy.ParseRange(header, math.MaxInt64)
+	span, partial, err := httprange.Parse(header, math.MaxInt64)
 	if err != nil || strings.Contains(header, "=-") || strings.Contains(header, ",") {
 		return d.measure(ctx)
 	}
@@ -107,7 +108,7 @@ func (d *delivery) open(ctx context.Context) (wanted registryproxy.Selection, er
 	case d.s.Size() < 0:
 		err = d.stream(ctx, 0, -1)
 	default:
-		wanted.Ranges = []registryproxy.ByteRange{{Offset: span.Offset, Length: d.s.Length()}}
+		wanted.Ranges = []httprange.Range{{Offset: span.Offset, Length: d.s.Length()}}
 	}
 	if err == nil {
 		wanted.Size = d.s.Size()
@@ -156,21 +157,17 @@ func (d *delivery) stream(ctx context.Context, off, n int64) error {
 
 // seek makes d.s one of the first of several ranges, and, where the origin is asked
 // for it, of those that lie close behind.
-func (d *delivery) seek(ctx context.Context, ranges []registryproxy.ByteRange) error {
+func (d *delivery) seek(ctx context.Context, ranges []httprange.Range) error {
 	first := ranges[0]
 	if d.probe == nil {
 		return d.stream(ctx, first.Offset, together(ranges)-first.Offset)
 	}
-	var next []dfget.Span
-	for _, r := range ranges[:min(len(ranges), dfget.MaxSpans)] {
-		next = append(next, dfget.Span(r))
-	}
-	d.probe.Want(next)
+	d.probe.Want(ranges)
 	return d.stream(ctx, first.Offset, first.Length)
 }
 
 // together returns the end of the ranges that lie close behind the first one.
-func together(ranges []registryproxy.ByteRange) int64 {
+func together(ranges []httprange.Range) int64 {
 	end := ranges[0].Offset + ranges[0].Length
 	for _, r := range ranges[1:] {
 		if r.Offset < end || r.Offset-end > maxGap {
@@ -182,7 +179,7 @@ func together(ranges []registryproxy.ByteRange) int64 {
 }
 
 // send writes the first of several ranges.
-func (d *delivery) send(ctx context.Context, w io.Writer, ranges []registryproxy.ByteRange) error {
+func (d *delivery) send(ctx context.Context, w io.Writer, ranges []httprange.Range) error {
 	r := ranges[0]
 	if r.Offset < d.off || r.Offset+r.Length > d.end {
 		d.since = time.Now()

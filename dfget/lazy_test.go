@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -117,7 +118,7 @@ func TestSeveralSpansAreWantedAtOnce(t *testing.T) {
 		first, err := h.Open(t.Context(), req, 0, 0)
 		require.NoError(t, err)
 		last := b.layout.Count() - 1
-		spans := []Span{{int64(len(b.bytes)) - 50, 50}, {5, 50}, {b.layout.Offset(7) - 10, 50}, {9, 0}}
+		spans := []httprange.Range{{Offset: int64(len(b.bytes)) - 50, Length: 50}, {Offset: 5, Length: 50}, {Offset: b.layout.Offset(7) - 10, Length: 50}, {Offset: 9}}
 		require.True(t, first.Want(spans))
 		synctest.Wait()
 		asked := []api.Want{{Task: 1, First: 0, Count: 1, More: []api.Run{{First: 6, Count: 2}, {First: last, Count: 1}}}}
@@ -134,7 +135,7 @@ func TestSeveralSpansAreWantedAtOnce(t *testing.T) {
 	h := newHost(t, t.TempDir(), PeerConfig{}, 0, nil)
 	b := newBlob(1 << 20)
 	s := open(t, h, Request{b.id, registryOrigin(), &upstream{bytes: b.bytes}}, 0, 0)
-	require.False(t, s.Want([]Span{{0, 1}}), "there is no region")
+	require.False(t, s.Want([]httprange.Range{{Length: 1}}), "there is no region")
 }
 
 // The rest is wanted after a while, or by a whole reader at once.

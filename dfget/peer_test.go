@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap/zaptest"
 	"golang.org/x/sync/errgroup"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -614,17 +615,17 @@ func TestHandler(t *testing.T) {
 		{"ticket of another", "GET", path, n.ticket(newBlob(1).id), "bytes=0-0", 401},
 		{"a good one elsewhere", "GET", api.ContentPath(newBlob(1).id), good, "bytes=0-0", 401},
 		{"past the end", "GET", path, good, "bytes=1048576-", 416},
-		{"two ranges", "GET", path, good, "bytes=0-1,4-5", 416},
-		{"suffix", "GET", path, good, "bytes=-5", 416},
+		{"two ranges", "HEAD", path, good, "bytes=0-1,4-5", 200},
+		{"suffix", "HEAD", path, good, "bytes=-5", 206},
 		{"post", "POST", path, good, "bytes=0-0", 405},
 		{"elsewhere", "GET", "/v1/tasks", good, "", 404},
 	} {
 		w := ask(c.method, c.path, c.ticket, c.span)
 		require.Equal(t, c.status, w.Code, c.name)
 		if c.status == http.StatusPartialContent && c.method == "GET" {
-			off, _, err := parseContentRange(w.Header().Get("Content-Range"))
-			require.NoError(t, err)
-			require.Equal(t, b.bytes[off:int(off)+w.Body.Len()], w.Body.Bytes())
+			part, _, ok := httprange.ParseContent(w.Header().Get("Content-Range"))
+			require.True(t, ok)
+			require.Equal(t, b.bytes[part.Offset:int(part.Offset)+w.Body.Len()], w.Body.Bytes())
 			require.Equal(t, itoa(w.Body.Len()), w.Header().Get("Content-Length"))
 		}
 	}

@@ -4,17 +4,16 @@ import (
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -106,13 +105,13 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 		return &refused{http.StatusNotFound, api.Error{Code: api.CodeNotFound, Message: "this host has nothing of the task"}}
 	}
 	defer c.Release()
-	off, n, err := parseRange(r.Header.Get("Range"), c.Layout().Length)
+	span, partial, err := httprange.Parse(r.Header.Get("Range"), c.Layout().Length)
 	if err != nil {
 		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", c.Layout().Length))
 		return &refused{http.StatusRequestedRangeNotSatisfiable, api.Error{Code: api.CodeRange, Message: err.Error()}}
 	}
 	began := time.Now()
-	if !p.holds(r.Context(), c, off, n) {
+	if !p.holds(r.Context(), c, span.Offset, span.Length) {
 		return &refused{http.StatusNotFound, api.Error{Code: api.CodeNotFound, Message: "this host lacks a piece of the range"}}
 	}
 	if ms := time.Since(began).Milliseconds(); ms > 0 {
@@ -125,7 +124,18 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 		w.Header().Set(api.RetryHeader, strconv.FormatInt(defaultBusy.Milliseconds(), 10))
 		return &refused{http.StatusServiceUnavailable, api.Error{Code: api.CodeBusy, Message: "all upload lanes are taken: come back after " + api.RetryHeader}}
 	}
-	p.sendRange(w, r, c, off, n)
+	h := w.Header()
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Content-Length", strconv.FormatInt(span.Length, 10))
+	status := http.StatusOK
+	if partial {
+		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", span.Offset, span.Offset+span.Length-1, c.Layout().Length))
+		status = http.StatusPartialContent
+	}
+	w.WriteHeader(status)
+	if r.Method != http.MethodHead {
+		p.sendRange(w, c, span.Offset, span.Length)
+	}
 	return nil
 }
 
@@ -189,20 +199,8 @@ func (p *Peer) comes(id pieces.TaskID, i int) bool {
 	return false
 }
 
-// sendRange answers with the range; a child that does not take it is cut off.
-func (p *Peer) sendRange(w http.ResponseWriter, r *http.Request, c *pieces.Content, off, n int64) {
-	h, size := w.Header(), c.Layout().Length
-	h.Set("Content-Type", "application/octet-stream")
-	h.Set("Content-Length", strconv.FormatInt(n, 10))
-	status := http.StatusOK
-	if r.Header.Get("Range") != "" {
-		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, size))
-		status = http.StatusPartialContent
-	}
-	w.WriteHeader(status)
-	if r.Method == http.MethodHead {
-		return
-	}
+// sendRange writes the range; a child that does not take it is cut off.
+func (p *Peer) sendRange(w http.ResponseWriter, c *pieces.Content, off, n int64) {
 	control := http.NewResponseController(w)
 	defer func() { _ = control.SetWriteDeadline(time.Time{}) }() // where there is none, none was set
 	for n > 0 {
@@ -217,48 +215,4 @@ func (p *Peer) sendRange(w http.ResponseWriter, r *http.Request, c *pieces.Conte
 		}
 		off, n = off+sent, n-sent
 	}
-}
-
-var errRange = errors.New("want one range inside the content, as bytes=FIRST-LAST")
-
-// parseRange reads what a child asks for of size bytes: "bytes=a-b", "bytes=a-",
-// or nothing for all.
-func parseRange(s string, size int64) (off, n int64, err error) {
-	if s == "" {
-		return 0, size, nil
-	}
-	span, ok := strings.CutPrefix(s, "bytes=")
-	a, b, dash := strings.Cut(span, "-")
-	if !ok || !dash {
-		return 0, 0, errRange
-	}
-	last := size - 1
-	first, err := strconv.ParseUint(a, 10, 63)
-	if err == nil && b != "" {
-		var u uint64
-		u, err = strconv.ParseUint(b, 10, 63)
-		last = min(int64(u), last)
-	}
-	if err != nil || int64(first) > last {
-		return 0, 0, errRange
-	}
-	return int64(first), last - int64(first) + 1, nil
-}
-
-// parseContentRange reads "bytes 5-9/20" or "bytes 5-9/*"; then the size is -1.
-func parseContentRange(s string) (first, size int64, err error) {
-	span, ok := strings.CutPrefix(s, "bytes ")
-	span, total, slash := strings.Cut(span, "/")
-	a, b, dash := strings.Cut(span, "-")
-	first, err1 := strconv.ParseInt(a, 10, 64)
-	last, err2 := strconv.ParseInt(b, 10, 64)
-	size = -1
-	var err3 error
-	if total != "*" {
-		size, err3 = strconv.ParseInt(total, 10, 64)
-	}
-	if !ok || !slash || !dash || errors.Join(err1, err2, err3) != nil || first < 0 || last < first || size >= 0 && last >= size {
-		return 0, 0, fmt.Errorf("Content-Range %.50q is not one", s)
-	}
-	return first, size, nil
 }

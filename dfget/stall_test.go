@@ -12,6 +12,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/supernode/api"
 )
 
@@ -20,19 +21,19 @@ import (
 // parent is a handler that gives what is asked of a blob, through spoil.
 func parent(b *blob, spoil func(w http.ResponseWriter, r *http.Request, body []byte)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		off, n, err := parseRange(r.Header.Get("Range"), int64(len(b.bytes)))
+		span, _, err := httprange.Parse(r.Header.Get("Range"), int64(len(b.bytes)))
 		if err != nil {
 			w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
 			return
 		}
-		spoil(w, r, b.bytes[off:off+n])
+		spoil(w, r, b.bytes[span.Offset:span.Offset+span.Length])
 	}
 }
 
 // header writes that of a good answer.
 func header(w http.ResponseWriter, r *http.Request, b *blob, n int) {
-	off, _, _ := parseRange(r.Header.Get("Range"), int64(len(b.bytes)))
-	w.Header().Set("Content-Range", contentRange(off, int64(n), int64(len(b.bytes))))
+	span, _, _ := httprange.Parse(r.Header.Get("Range"), int64(len(b.bytes)))
+	w.Header().Set("Content-Range", contentRange(span.Offset, int64(n), int64(len(b.bytes))))
 	w.Header().Set("Content-Length", itoa(n))
 	w.WriteHeader(http.StatusPartialContent)
 }

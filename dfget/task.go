@@ -12,6 +12,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -22,8 +23,8 @@ const (
 	wantEvery = 250 * time.Millisecond // between two Wants of a task
 )
 
-// MaxSpans is how many spans Stream.Want has the region bring at once: the first ones.
-const MaxSpans = 32
+// maxSpans is how many spans Stream.Want has the region bring at once: the first ones.
+const maxSpans = 32
 
 // task is the host's part in one task, shared by all its streams. It lives while
 // a stream needs it or the download goes on; when the region can no longer give
@@ -469,14 +470,11 @@ func (p *Peer) ask(s *Stream, first, end int) {
 	s.wantLocked([]api.Run{{First: first, Count: end - first}})
 }
 
-// Span is Length bytes from Offset on.
-type Span struct{ Offset, Length int64 }
-
 // Want has the region bring what streams of their own will read, until s is closed
 // or Want is called again; the spans lie within the content. Who reads several spans one after
 // the other then waits for all of them at once. False tells that the region has no
 // part in s.
-func (s *Stream) Want(spans []Span) bool {
+func (s *Stream) Want(spans []httprange.Range) bool {
 	if s.task == nil || s.content == nil {
 		return s.content != nil // what is stored needs no region
 	}
@@ -484,7 +482,7 @@ func (s *Stream) Want(spans []Span) bool {
 		return true // each stream asks for its own when it comes to it
 	}
 	var runs []api.Run
-	for _, b := range spans[:min(len(spans), MaxSpans)] {
+	for _, b := range spans[:min(len(spans), maxSpans)] {
 		if first, end := s.content.Layout().Span(b.Offset, b.Length); first < end {
 			runs = append(runs, api.Run{First: first, Count: min(end-first, lazyRun)})
 		}

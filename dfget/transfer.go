@@ -13,6 +13,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -187,12 +188,9 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 // accepted tells whether a parent's answer is the range [off, end).
 func accepted(resp *http.Response, off, end int64) error {
 	if resp.StatusCode == http.StatusPartialContent {
-		from, _, err := parseContentRange(resp.Header.Get("Content-Range"))
-		if err == nil && (from != off || resp.ContentLength != end-off) {
-			err = errors.New("it answers with another range")
-		}
-		if err != nil {
-			return &failure{why: api.Gone, err: err}
+		part, _, ok := httprange.ParseContent(resp.Header.Get("Content-Range"))
+		if !ok || part.Offset != off || resp.ContentLength != end-off {
+			return &failure{why: api.Gone, err: errors.New("it answers with another range")}
 		}
 		return nil
 	}

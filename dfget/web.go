@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -180,9 +181,11 @@ func (w *web) accept(resp *http.Response, body io.Reader, off int64) (size int64
 	size = resp.ContentLength
 	switch code := resp.StatusCode; {
 	case code == http.StatusPartialContent:
-		if from, size, err = parseContentRange(resp.Header.Get("Content-Range")); err != nil {
-			return 0, err
+		part, whole, ok := httprange.ParseContent(resp.Header.Get("Content-Range"))
+		if !ok {
+			return 0, errors.New("its Content-Range is not one")
 		}
+		from, size = part.Offset, whole
 	case code >= 400 && code < 500:
 		b := make([]byte, maxRefusal)
 		n, _ := io.ReadFull(body, b) // the status says what counts

@@ -77,23 +77,6 @@ func FuzzURLRequest(f *testing.F) {
 	})
 }
 
-func FuzzRanges(f *testing.F) {
-	for _, s := range []string{"bytes=0-5", "bytes=7-", "", "bytes=-4", "bytes 0-5/9", "bytes 1-1/*", "bytes 9223372036854775807-9223372036854775807/*"} {
-		f.Add(s, int64(9))
-	}
-	f.Fuzz(func(t *testing.T, s string, size int64) {
-		if size < 0 {
-			return
-		}
-		if off, n, err := parseRange(s, size); err == nil {
-			require.True(t, off >= 0 && n >= 0 && n <= size && off <= size-n, "%d %d of %d", off, n, size)
-		}
-		if first, total, err := parseContentRange(s); err == nil {
-			require.True(t, first >= 0 && (total == -1 || first < total))
-		}
-	})
-}
-
 // origin serves b as a web server with validators and ranges, through change.
 func origin(t *testing.T, b []byte, change func(w http.ResponseWriter, r *http.Request) bool) (srv *httptest.Server, asked *atomic.Int32) {
 	t.Helper()

@@ -326,7 +326,7 @@ func TestKeepAlive(t *testing.T) {
 		_ = refusalOf(t, err)
 		_, err = c.Blob(t.Context(), Repository{"reg.test", "moved"}, sha256a, 0, Caller{})
 		_ = refusalOf(t, err)
-		b, err := c.BlobRange(t.Context(), Repository{"reg.test", "app"}, digestOf("0123456789"), ByteRange{2, 3}, Caller{})
+		b, err := c.BlobRange(t.Context(), Repository{"reg.test", "app"}, digestOf("0123456789"), ByteRange{Offset: 2, Length: 3}, Caller{})
 		require.NoError(t, err)
 		_, err = io.Copy(io.Discard, b)
 		require.NoError(t, err)

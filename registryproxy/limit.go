@@ -25,8 +25,8 @@ const (
 // most an hour; ok is false where there is none that can be read.
 func retryAfter(h http.Header, now time.Time) (wait time.Duration, ok bool) {
 	s := strings.TrimSpace(h.Get("Retry-After"))
-	if n, ok := parseOffset(s); ok {
-		return time.Duration(min(n, int64(maxRetryAfter/time.Second))) * time.Second, true
+	if n, err := strconv.ParseUint(s, 10, 63); err == nil || errors.Is(err, strconv.ErrRange) {
+		return time.Duration(min(n, uint64(maxRetryAfter/time.Second))) * time.Second, true
 	}
 	at, err := http.ParseTime(s)
 	if err != nil {

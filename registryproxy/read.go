@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"damselfly.dev/httprange"
 )
 
 // MaxManifestSize is the size in bytes of the largest manifest that is read.
@@ -171,7 +173,7 @@ type BlobBody struct {
 
 // Blob asks for a blob's bytes from off on, 0 ≤ off < its length.
 func (c *Client) Blob(ctx context.Context, repo Repository, dgst string, off int64, who Caller) (*BlobBody, error) {
-	a, err := c.askBlob(ctx, Route{KindBlob, repo, dgst}, ByteRange{off, -1}, who)
+	a, err := c.askBlob(ctx, Route{KindBlob, repo, dgst}, ByteRange{Offset: off, Length: -1}, who)
 	if err != nil {
 		return nil, err
 	}
@@ -243,7 +245,7 @@ func (a *answer) blob(off, n int64) (b *BlobBody, err error) {
 	b = &BlobBody{ReadCloser: a.body, Length: a.length}
 	left := a.length // -1 if not known
 	if a.status == http.StatusPartialContent {
-		r, size, ok := parseContentRange(a.header.Get("Content-Range"))
+		r, size, ok := httprange.ParseContent(a.header.Get("Content-Range"))
 		if !ok || r.Offset != off || (n < 0 && size >= 0 && off+r.Length != size) ||
 			(n >= 0 && r.Length != n && (r.Length > n || off+r.Length != size)) ||
 			(a.length >= 0 && a.length != r.Length) {

@@ -118,7 +118,7 @@ func readEverything(t *testing.T, c *testClient, repo Repository, blob, manifest
 	size, err := c.HeadBlob(ctx, repo, dgst, who)
 	require.NoError(t, err)
 	require.EqualValues(t, len(blob), size)
-	for _, r := range []ByteRange{{0, -1}, {1, -1}, {9999, -1}, {0, 1}, {0, 10000}, {5000, 10}, {9990, 5000}} {
+	for _, r := range []ByteRange{{Offset: 0, Length: -1}, {Offset: 1, Length: -1}, {Offset: 9999, Length: -1}, {Offset: 0, Length: 1}, {Offset: 0, Length: 10000}, {Offset: 5000, Length: 10}, {Offset: 9990, Length: 5000}} {
 		var b *BlobBody
 		end := int64(len(blob))
 		if r.Length < 0 {
@@ -385,7 +385,7 @@ func TestRangesOfABlob(t *testing.T) {
 				if tt.n == 0 {
 					b, err = c.Blob(t.Context(), repo, sha256a, tt.off, Caller{})
 				} else {
-					b, err = c.BlobRange(t.Context(), repo, sha256a, ByteRange{tt.off, tt.n}, Caller{})
+					b, err = c.BlobRange(t.Context(), repo, sha256a, ByteRange{Offset: tt.off, Length: tt.n}, Caller{})
 				}
 				var got []byte
 				if err == nil {

@@ -9,10 +9,15 @@ import (
 	"net/textproto"
 	"strconv"
 	"strings"
+
+	"damselfly.dev/httprange"
 )
 
 // octets is the type of a blob.
 const octets = "application/octet-stream"
+
+// ByteRange is what of a content is asked for.
+type ByteRange = httprange.Range
 
 // Selection is what an answer gives of a content of Size bytes: all of it, or
 // the ranges that were asked for, several as multipart/byteranges.
@@ -24,11 +29,11 @@ type Selection struct {
 }
 
 // Select reads what a request wants of a content: its Range, unless its If-Range
-// names another etag. The error is ErrRange.
+// names another etag. The error is httprange.ErrOutside.
 func Select(h http.Header, etag string, size int64) (Selection, error) {
 	s := Selection{Size: size}
 	var err error
-	if s.Ranges, err = ParseRanges(WantedRange(h, etag), size); len(s.Ranges) > 1 {
+	if s.Ranges, err = httprange.ParseAll(WantedRange(h, etag), size); len(s.Ranges) > 1 {
 		s.boundary = rand.Text()
 	}
 	return s, err
@@ -46,7 +51,7 @@ func WantedRange(h http.Header, etag string) string {
 // Spans returns what is to be sent, at least one range.
 func (s Selection) Spans() []ByteRange {
 	if len(s.Ranges) == 0 {
-		return []ByteRange{{0, s.Size}}
+		return []ByteRange{{Length: s.Size}}
 	}
 	return s.Ranges
 }
@@ -123,4 +128,10 @@ func NotModified(h http.Header, etag string) bool {
 		}
 	}
 	return false
+}
+
+// WriteRangeNotSatisfiable answers 416 for a content of size bytes.
+func WriteRangeNotSatisfiable(w http.ResponseWriter, size int64) {
+	w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", size))
+	WriteError(w, &Error{http.StatusRequestedRangeNotSatisfiable, CodeUnsupported, httprange.ErrOutside.Error()})
 }

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"damselfly.dev/httprange"
 )
 
 // sent answers with a selection of content.
@@ -51,7 +53,7 @@ func TestSelection(t *testing.T) {
 		require.Equal(t, "application/octet-stream", w.Header().Get("Content-Type"))
 	}
 	_, err := Select(http.Header{"Range": {"bytes=10-"}}, etag, 10)
-	require.ErrorIs(t, err, ErrRange)
+	require.ErrorIs(t, err, httprange.ErrOutside)
 }
 
 func TestSelectionOfSeveralRanges(t *testing.T) {
@@ -146,4 +148,12 @@ func FuzzNextPage(f *testing.F) {
 		twice := NextPage(r, []string{next}) // as a host does with what its supernode says
 		require.Equal(t, next, twice)
 	})
+}
+
+func TestWriteRangeNotSatisfiable(t *testing.T) {
+	w := httptest.NewRecorder()
+	WriteRangeNotSatisfiable(w, 77)
+	require.Equal(t, 416, w.Code)
+	require.Equal(t, "bytes */77", w.Header().Get("Content-Range"))
+	require.JSONEq(t, `{"errors":[{"code":"UNSUPPORTED","message":"the range lies outside the content"}]}`, w.Body.String())
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/gin-gonic/gin"
 	"go.uber.org/zap"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
@@ -63,7 +64,7 @@ func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task st
 	}
 	defer c.Release()
 	l := &lease{Content: c, fetch: f}
-	span, partial, err := registryproxy.ParseRange(r.Header.Get("Range"), c.Layout().Length)
+	span, partial, err := httprange.Parse(r.Header.Get("Range"), c.Layout().Length)
 	if err != nil {
 		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", c.Layout().Length))
 		writeError(w, http.StatusRequestedRangeNotSatisfiable, api.CodeRange, err.Error())

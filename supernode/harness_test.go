@@ -24,6 +24,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
@@ -412,7 +413,7 @@ func (h *host) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	k := h.byID[id]
-	span, _, err := registryproxy.ParseRange(r.Header.Get("Range"), k.Layout.Length)
+	span, _, err := httprange.Parse(r.Header.Get("Range"), k.Layout.Length)
 	if err != nil {
 		panic(err)
 	}

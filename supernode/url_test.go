@@ -291,18 +291,6 @@ func TestWhatIsNotAskedForHosts(t *testing.T) {
 	}
 }
 
-func FuzzContentRange(f *testing.F) {
-	for _, s := range []string{"bytes 0-1/2", "bytes 5-9/*", "bytes */5", "", "bytes -1-0/0", "bytes 9-1/9223372036854775808"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		from, total, err := contentRange(s)
-		if err == nil && (from < 0 || total < -1 || total >= 0 && from >= total) {
-			t.Fatalf("%q gives %d of %d", s, from, total)
-		}
-	})
-}
-
 // personal serves each caller, told by a header, something of its own.
 func personal(t *testing.T, contents map[string][]byte, validators bool) (string, func(who string) api.Origin) {
 	t.Helper()

@@ -12,13 +12,12 @@ import (
 	"net/textproto"
 	"net/url"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
+	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
@@ -288,10 +287,12 @@ func (s *urlSource) ask(ctx context.Context, method, span string) (*body, error)
 	}
 	b := &body{ReadCloser: w, length: resp.ContentLength, version: version(resp.Header)}
 	if b.partial = resp.StatusCode == http.StatusPartialContent; b.partial {
-		if b.from, b.length, err = contentRange(resp.Header.Get("Content-Range")); err != nil {
+		part, size, ok := httprange.ParseContent(resp.Header.Get("Content-Range"))
+		if !ok {
 			_ = w.Close()
-			return nil, fmt.Errorf("ask %s: %w", s.url.Host, err)
+			return nil, fmt.Errorf("ask %s: the answer's range cannot be read", s.url.Host)
 		}
+		b.from, b.length = part.Offset, size
 	}
 	encoding := resp.Header.Get("Content-Encoding")
 	if resp.StatusCode > 206 || resp.StatusCode < 200 || (encoding != "" && encoding != "identity") {
@@ -308,21 +309,6 @@ func version(h http.Header) string {
 		return ""
 	}
 	return v
-}
-
-// contentRange reads "bytes 5-9/20"; the total is -1 for "*".
-func contentRange(s string) (from, total int64, err error) {
-	span, size, ok := strings.Cut(strings.TrimPrefix(s, "bytes "), "/")
-	first, _, dash := strings.Cut(span, "-")
-	from, err = strconv.ParseInt(first, 10, 64)
-	total = -1
-	if err == nil && size != "*" {
-		total, err = strconv.ParseInt(size, 10, 64)
-	}
-	if err != nil || !ok || !dash || from < 0 || (size != "*" && total <= from) {
-		return 0, 0, errors.New("the answer's range cannot be read")
-	}
-	return from, total, nil
 }
 
 // refusal makes an answer of 400 or above what a caller can be told.

@@ -1,11 +1,10 @@
-package registryproxy
+package httprange
 
 import (
 	"errors"
 	"fmt"
 	"math"
 	"math/big"
-	"net/http/httptest"
 	"regexp"
 	"slices"
 	"strings"
@@ -14,47 +13,47 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestParseRange(t *testing.T) {
+func TestParse(t *testing.T) {
 	const max = math.MaxInt64
 	tests := []struct {
 		header  string
 		size    int64
-		want    ByteRange
+		want    Range
 		partial bool
 		err     error
 	}{
-		{"", 100, ByteRange{0, 100}, false, nil},
-		{"bytes=0-", 100, ByteRange{0, 100}, true, nil},
-		{"bytes=0-0", 100, ByteRange{0, 1}, true, nil},
-		{"bytes=0-99", 100, ByteRange{0, 100}, true, nil},
-		{"bytes=0-100", 100, ByteRange{0, 100}, true, nil}, // one past the end, as regctl asks
-		{"bytes=10-19", 100, ByteRange{10, 10}, true, nil},
-		{"bytes=99-", 100, ByteRange{99, 1}, true, nil},
-		{"bytes=90-5000", 100, ByteRange{90, 10}, true, nil},
-		{"bytes=-10", 100, ByteRange{90, 10}, true, nil},
-		{"bytes=-500", 100, ByteRange{0, 100}, true, nil},
-		{"Bytes=5-6", 100, ByteRange{5, 2}, true, nil},
-		{"bytes=5-99999999999999999999999999", 100, ByteRange{5, 95}, true, nil},
-		{"bytes=0-1,5-9", 100, ByteRange{0, 100}, false, nil},
-		{"pages=1-2", 100, ByteRange{0, 100}, false, nil},
-		{"bytes=0-", 0, ByteRange{0, 0}, false, nil},
-		{"bytes=7-", 0, ByteRange{0, 0}, false, nil},
-		{"bytes=5-", max, ByteRange{5, max - 5}, true, nil},
-		{"bytes=100-", 100, ByteRange{}, false, ErrRange},
-		{"bytes=500-0", 100, ByteRange{}, false, ErrRange},
-		{"bytes=5000-10000", 100, ByteRange{}, false, ErrRange},
-		{"bytes=99999999999999999999999999-", 100, ByteRange{}, false, ErrRange},
-		{"bytes=-0", 100, ByteRange{}, false, ErrRange},
-		{"bytes=-", 100, ByteRange{}, false, ErrRange},
-		{"bytes=", 100, ByteRange{}, false, ErrRange},
-		{"bytes=5", 100, ByteRange{}, false, ErrRange},
-		{"bytes=a-b", 100, ByteRange{}, false, ErrRange},
-		{"bytes=+1-2", 100, ByteRange{}, false, ErrRange},
-		{"bytes=--5", 100, ByteRange{}, false, ErrRange},
+		{"", 100, Range{0, 100}, false, nil},
+		{"bytes=0-", 100, Range{0, 100}, true, nil},
+		{"bytes=0-0", 100, Range{0, 1}, true, nil},
+		{"bytes=0-99", 100, Range{0, 100}, true, nil},
+		{"bytes=0-100", 100, Range{0, 100}, true, nil}, // one past the end, as regctl asks
+		{"bytes=10-19", 100, Range{10, 10}, true, nil},
+		{"bytes=99-", 100, Range{99, 1}, true, nil},
+		{"bytes=90-5000", 100, Range{90, 10}, true, nil},
+		{"bytes=-10", 100, Range{90, 10}, true, nil},
+		{"bytes=-500", 100, Range{0, 100}, true, nil},
+		{"Bytes=5-6", 100, Range{5, 2}, true, nil},
+		{"bytes=5-99999999999999999999999999", 100, Range{5, 95}, true, nil},
+		{"bytes=0-1,5-9", 100, Range{0, 100}, false, nil},
+		{"pages=1-2", 100, Range{0, 100}, false, nil},
+		{"bytes=0-", 0, Range{0, 0}, false, nil},
+		{"bytes=7-", 0, Range{0, 0}, false, nil},
+		{"bytes=5-", max, Range{5, max - 5}, true, nil},
+		{"bytes=100-", 100, Range{}, false, ErrOutside},
+		{"bytes=500-0", 100, Range{}, false, ErrOutside},
+		{"bytes=5000-10000", 100, Range{}, false, ErrOutside},
+		{"bytes=99999999999999999999999999-", 100, Range{}, false, ErrOutside},
+		{"bytes=-0", 100, Range{}, false, ErrOutside},
+		{"bytes=-", 100, Range{}, false, ErrOutside},
+		{"bytes=", 100, Range{}, false, ErrOutside},
+		{"bytes=5", 100, Range{}, false, ErrOutside},
+		{"bytes=a-b", 100, Range{}, false, ErrOutside},
+		{"bytes=+1-2", 100, Range{}, false, ErrOutside},
+		{"bytes=--5", 100, Range{}, false, ErrOutside},
 	}
 	for _, tt := range tests {
 		t.Run(fmt.Sprintf("%s of %d", tt.header, tt.size), func(t *testing.T) {
-			got, partial, err := ParseRange(tt.header, tt.size)
+			got, partial, err := Parse(tt.header, tt.size)
 			require.Equal(t, tt.err, err)
 			require.Equal(t, tt.partial, partial)
 			require.Equal(t, tt.want, got)
@@ -62,46 +61,38 @@ func TestParseRange(t *testing.T) {
 	}
 }
 
-func TestParseRanges(t *testing.T) {
+func TestParseAll(t *testing.T) {
 	many := "bytes=0-0" + strings.Repeat(",0-0", maxRanges-1)
 	tests := []struct {
 		header string
 		size   int64
-		want   []ByteRange
+		want   []Range
 		err    error
 	}{
 		{"", 100, nil, nil},
-		{"bytes=0-0,99-99", 100, []ByteRange{{0, 1}, {99, 1}}, nil},
-		{"bytes=90-, 5-9,-2", 100, []ByteRange{{90, 10}, {5, 5}, {98, 2}}, nil},
-		{"bytes=,5-9,, 1-2 ,", 100, []ByteRange{{5, 5}, {1, 2}}, nil},
-		{"bytes=200-300,5-9,-0", 100, []ByteRange{{5, 5}}, nil},
-		{"bytes=200-300,100-", 100, nil, ErrRange},
-		{"bytes=,", 100, nil, ErrRange},
-		{"bytes=5-9,9-5", 100, nil, ErrRange},
-		{"bytes=5-9,x", 100, nil, ErrRange},
-		{"bytes=0-49,50-", 100, []ByteRange{{0, 50}, {50, 50}}, nil},
+		{"bytes=0-0,99-99", 100, []Range{{0, 1}, {99, 1}}, nil},
+		{"bytes=90-, 5-9,-2", 100, []Range{{90, 10}, {5, 5}, {98, 2}}, nil},
+		{"bytes=,5-9,, 1-2 ,", 100, []Range{{5, 5}, {1, 2}}, nil},
+		{"bytes=200-300,5-9,-0", 100, []Range{{5, 5}}, nil},
+		{"bytes=200-300,100-", 100, nil, ErrOutside},
+		{"bytes=,", 100, nil, ErrOutside},
+		{"bytes=5-9,9-5", 100, nil, ErrOutside},
+		{"bytes=5-9,x", 100, nil, ErrOutside},
+		{"bytes=0-49,50-", 100, []Range{{0, 50}, {50, 50}}, nil},
 		{"bytes=0-50,50-", 100, nil, nil},
 		{"bytes=0-,0-,0-", math.MaxInt64, nil, nil},
 		{"bytes=0-1,3-4", 0, nil, nil},
 		{"pages=0-1,3-4", 9, nil, nil},
-		{many, maxRanges, slices.Repeat([]ByteRange{{0, 1}}, maxRanges), nil},
+		{many, maxRanges, slices.Repeat([]Range{{0, 1}}, maxRanges), nil},
 		{many + ",0-0", 2 * maxRanges, nil, nil},
 	}
 	for _, tt := range tests {
 		t.Run(fmt.Sprintf("%.40s of %d", tt.header, tt.size), func(t *testing.T) {
-			got, err := ParseRanges(tt.header, tt.size)
+			got, err := ParseAll(tt.header, tt.size)
 			require.Equal(t, tt.err, err)
 			require.Equal(t, tt.want, got)
 		})
 	}
-}
-
-func TestWriteRangeNotSatisfiable(t *testing.T) {
-	w := httptest.NewRecorder()
-	WriteRangeNotSatisfiable(w, 77)
-	require.Equal(t, 416, w.Code)
-	require.Equal(t, "bytes */77", w.Header().Get("Content-Range"))
-	require.JSONEq(t, `{"errors":[{"code":"UNSUPPORTED","message":"the range lies outside the content"}]}`, w.Body.String())
 }
 
 var (
@@ -109,8 +100,8 @@ var (
 	suffix  = regexp.MustCompile(`^bytes=-([0-9]+)$`)
 )
 
-// rangeTwin is ParseRange for the plain forms, in numbers of any size.
-func rangeTwin(header string, size int64) (r ByteRange, ok bool) {
+// rangeTwin is Parse for the plain forms, in numbers of any size.
+func rangeTwin(header string, size int64) (r Range, ok bool) {
 	number := func(s string) *big.Int { n, _ := new(big.Int).SetString(s, 10); return n }
 	from, to, end := new(big.Int), big.NewInt(size-1), big.NewInt(size-1)
 	if m := suffix.FindStringSubmatch(header); m != nil {
@@ -121,22 +112,22 @@ func rangeTwin(header string, size int64) (r ByteRange, ok bool) {
 		from = number(m[1])
 		if m[2] != "" {
 			if to = number(m[2]); to.Cmp(from) < 0 {
-				return ByteRange{}, false
+				return Range{}, false
 			}
 		}
 		if to.Cmp(end) > 0 {
 			to = end
 		}
 	} else {
-		return ByteRange{}, false
+		return Range{}, false
 	}
 	if from.Cmp(end) > 0 {
-		return ByteRange{}, false
+		return Range{}, false
 	}
-	return ByteRange{from.Int64(), to.Int64() - from.Int64() + 1}, true
+	return Range{from.Int64(), to.Int64() - from.Int64() + 1}, true
 }
 
-func FuzzParseRange(f *testing.F) {
+func FuzzParse(f *testing.F) {
 	for _, s := range []string{"", "bytes=0-", "bytes=5-9", "bytes=-3", "bytes=9-5", "bytes=0-1,3-4", "bytes=99999999999999999999-", "octets=1-2"} {
 		f.Add(s, int64(10))
 	}
@@ -144,14 +135,14 @@ func FuzzParseRange(f *testing.F) {
 		if size < 0 {
 			return
 		}
-		r, partial, err := ParseRange(header, size)
+		r, partial, err := Parse(header, size)
 		switch {
 		case err != nil:
-			if !errors.Is(err, ErrRange) || partial || size == 0 {
+			if !errors.Is(err, ErrOutside) || partial || size == 0 {
 				t.Fatalf("error %v, partial %v of %d", err, partial, size)
 			}
 		case !partial:
-			if r != (ByteRange{0, size}) {
+			if r != (Range{0, size}) {
 				t.Fatalf("whole is %v", r)
 			}
 		case r.Offset < 0 || r.Length < 1 || r.Offset > size-r.Length:
@@ -165,7 +156,7 @@ func FuzzParseRange(f *testing.F) {
 	})
 }
 
-func FuzzParseRanges(f *testing.F) {
+func FuzzParseAll(f *testing.F) {
 	for _, s := range []string{"bytes=0-1,3-4", "bytes=-3,5-,2-9", "bytes=0-1,9-5", "bytes=,,1-", "bytes=99999999999999999999-,0-"} {
 		f.Add(s, int64(10))
 	}
@@ -173,7 +164,7 @@ func FuzzParseRanges(f *testing.F) {
 		if size < 0 {
 			return
 		}
-		rs, err := ParseRanges(header, size)
+		rs, err := ParseAll(header, size)
 		if len(rs) > maxRanges || err != nil && len(rs) > 0 {
 			t.Fatalf("%d ranges, error %v", len(rs), err)
 		}
@@ -188,9 +179,9 @@ func FuzzParseRanges(f *testing.F) {
 		if len(rs) == 0 || unit != "bytes" {
 			return
 		}
-		var want []ByteRange // each as if it were alone
+		var want []Range // each as if it were alone
 		for spec := range strings.SplitSeq(list, ",") {
-			if r, partial, err := ParseRange("bytes="+spec, size); err == nil && partial {
+			if r, partial, err := Parse("bytes="+spec, size); err == nil && partial {
 				want = append(want, r)
 			}
 		}
@@ -200,13 +191,13 @@ func FuzzParseRanges(f *testing.F) {
 	})
 }
 
-func FuzzParseContentRange(f *testing.F) {
+func FuzzParseContent(f *testing.F) {
 	f.Add("bytes 5-9/20")
 	f.Add("bytes 0-0/*")
 	f.Add("bytes 5-99999999999999999999/5")
 	f.Add("bytes */5")
 	f.Fuzz(func(t *testing.T, s string) {
-		r, size, ok := parseContentRange(s)
+		r, size, ok := ParseContent(s)
 		if !ok {
 			return
 		}
