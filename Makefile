@@ -6,7 +6,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GOFLAGS_BUILD := -trimpath -tags $(TAGS) -ldflags "-s -w -X damselfly.dev/cmd/internal/cli.Version=$(VERSION)"
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
-.PHONY: help build install test unit lint engines lab demo bench fuzz fmt clean
+.PHONY: help build install test unit lint engines lab demo bench fuzz sbom vuln fmt clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,13 @@ bench: build ## speed, CPU and memory against their bounds (root; ~40 min; docs/
 
 fuzz: ## every fuzz test for FUZZTIME (1m) each
 	test/fuzz.sh $${FUZZTIME:-1m}
+
+sbom: build ## what each program is built from, as CycloneDX in dist/
+	@mkdir -p dist
+	@for p in bin/*; do $(TOOL) cyclonedx-gomod bin -json -std -version $(VERSION) -output dist/$$(basename $$p).cdx.json $$p && echo dist/$$(basename $$p).cdx.json || exit 1; done
+
+vuln: ## known vulnerabilities in what is used (VULNDB=URL for a mirror of their database)
+	test/vuln.sh "$(TOOL)" $(TAGS) $(VULNDB)
 
 fmt: ## format the code
 	$(TOOL) golangci-lint fmt ./...
