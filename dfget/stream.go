@@ -209,9 +209,16 @@ func (s *Stream) next() error {
 		s.p.ask(s, i, min(end, i+lazyRun))
 	}
 	s.runEnd = min(l.Offset(i), s.end)
-	s.run = s.content.NewReader(s.ctx, s.off, s.runEnd-s.off)
+	s.run = s.content.NewReader(present, s.off, s.runEnd-s.off)
 	return nil
 }
+
+// present is of readers that wait for nothing: what is not there is missing.
+var present = func() context.Context {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cancel(pieces.ErrMissing)
+	return ctx
+}()
 
 // gave counts n bytes given to the reader.
 func (s *Stream) gave(n int64) {

@@ -237,6 +237,9 @@ func (l *lease) guard(ctx context.Context) (context.Context, context.CancelFunc)
 // stream writes a range in order as it comes, the last piece only when all of
 // the content is right.
 func (l *lease) stream(ctx context.Context, w io.Writer, span registryproxy.ByteRange) (int64, error) {
+	if l.whole() { // what turns out not to be there any more does not come by itself
+		return l.CopyRange(w, span.Offset, span.Length)
+	}
 	ctx, cancel := l.guard(ctx)
 	defer cancel()
 	end := span.Offset + span.Length

@@ -119,7 +119,7 @@ func (r *region) failed(now time.Time, s *session, f api.Failed) {
 // have rotted on its disk.
 func (r *region) verify(tr transfer) {
 	t, i := tr.task, tr.first+bits.TrailingZeros64(tr.left)
-	if tr.parent == seed {
+	if tr.parent == seed && r.origin.ctx.Err() == nil {
 		r.origin.wg.Go(func() { t.content.Recheck(i) })
 		return
 	}
