@@ -17,7 +17,7 @@ build: ## build supernode, dfdaemon and dfget into bin/
 install: ## install what the tests and the demo need (root, Debian 12)
 	test/install.sh
 
-test: install lint unit lab engines ## everything: lint, unit, race, the region in one process, real engines
+test: install lint unit lab engines tls ## everything: lint, unit, race, the region in one process, real engines
 
 lint: ## formatting, layering and the linters
 	$(TOOL) golangci-lint run ./...
@@ -30,6 +30,10 @@ lab: build ## tests on network namespaces with shaped links (root)
 
 engines: build ## real registries and engines pull through dfdaemon (root)
 	$(GO) test -race -tags $(TAGS) -count=1 -timeout 20m ./test/engines/...
+
+.PHONY: tls
+tls: build ## the region in one process and the engines again, with TLS between all parts (root)
+	DAMSELFLY_TEST_TLS=1 $(GO) test -p 1 -race -tags $(TAGS) -count=1 -timeout 30m ./test/region/... ./test/engines/...
 
 demo: ## one image to six hosts, with and without Damselfly (root: on shaped links)
 	$(GO) run -tags $(TAGS) ./test/demo $(DEMOFLAGS)

@@ -8,17 +8,13 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
 	"time"
 
-	"go.uber.org/zap"
-
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
-	"damselfly.dev/supernode/api/identity"
 )
 
 // Config is what an agent may be told.
@@ -158,17 +154,6 @@ func (c Config) Validate() error {
 		return err
 	}
 	return c.Registries.Validate()
-}
-
-// identity is what the host shows to the region, nil without TLS.
-func (c Config) identity(log *zap.Logger) (*identity.Source, error) {
-	switch {
-	case c.TLS != "":
-		return identity.FromDir(c.TLS, log)
-	case c.JoinToken != "":
-		return identity.FromToken(c.JoinToken, filepath.Join(c.DataDir, "identity"), c.Supernodes, log)
-	}
-	return nil, nil
 }
 
 // forThisHost has h answer what names this host. Else a web page whose name leads

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"path/filepath"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -179,7 +180,7 @@ func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 	if peer.Background, err = cfg.background(); err != nil {
 		return err
 	}
-	if d.identity, err = cfg.identity(d.log); err != nil {
+	if d.identity, err = identity.ForHost(cfg.TLS, cfg.JoinToken, filepath.Join(cfg.DataDir, "identity"), cfg.Supernodes, d.log); err != nil {
 		return err
 	}
 	peer.Identity, peer.ClearPrivate = d.identity, cfg.ClearPrivate

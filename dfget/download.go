@@ -2,6 +2,7 @@ package dfget
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -196,6 +197,9 @@ func (d *Download) asPeer(ctx context.Context, req Request, out *output) (err er
 	host, _, _ := net.SplitHostPort(cfg.Advertise) // listen has read it
 	_, port, _ := net.SplitHostPort(ln.Addr().String())
 	cfg.Advertise = net.JoinHostPort(host, port)
+	if cfg.Identity != nil {
+		ln = tls.NewListener(ln, cfg.Identity.Server(true))
+	}
 	peer, err := NewPeer(cfg, store, d.Log, prometheus.NewRegistry())
 	if err != nil {
 		return errors.Join(err, ln.Close())

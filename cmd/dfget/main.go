@@ -19,6 +19,7 @@ import (
 	"damselfly.dev/cmd/internal/cli"
 	"damselfly.dev/dfget"
 	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api/identity"
 )
 
 // Exit codes beside those of every command.
@@ -55,15 +56,18 @@ refuses, 5 FILE cannot be written.`,
 }
 
 type config struct {
-	output      string
-	socket      string
-	supernodes  []string
-	digest      string
-	headers     []string
-	dataDir     string
-	advertise   string
-	zone, rack  string
-	headerByKey http.Header // of headers, by Validate
+	output     string
+	socket     string
+	supernodes []string
+	digest     string
+	headers    []string
+	dataDir    string
+	advertise  string
+	zone, rack string
+	// Of a peer of its own.
+	tls, joinToken string
+	clearPrivate   bool
+	headerByKey    http.Header // of headers, by Validate
 }
 
 func defaults() *config {
@@ -82,6 +86,9 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.socket, "socket", c.socket, "`path` of the dfdaemon's socket, or none; empty: "+daemonSocket+", where it exists and no --supernode is given")
 	fs.StringSliceVar(&c.supernodes, "supernode", c.supernodes, "`URL` of a supernode, to be a peer without a dfdaemon; may be repeated")
 	fs.StringVar(&c.advertise, "advertise", c.advertise, "`address` at which other hosts reach this one while it downloads; empty: as the supernode sees it")
+	fs.StringVar(&c.tls, "tls", c.tls, "`directory` with tls.crt, tls.key and ca.crt, for a peer without a dfdaemon where the region has TLS")
+	fs.StringVar(&c.joinToken, "join-token", c.joinToken, "`file` with a token that supernode ca printed, in place of --tls")
+	fs.BoolVar(&c.clearPrivate, "clear-private", c.clearPrivate, "send credentials to the region without TLS: where the network itself is encrypted")
 	fs.StringVar(&c.dataDir, "data-dir", c.dataDir, "where a peer keeps pieces until it is done")
 	fs.StringVar(&c.zone, "zone", c.zone, "where the host is: pieces come from the same zone where they can")
 	fs.StringVar(&c.rack, "rack", c.rack, "where in the zone the host is")
@@ -94,6 +101,9 @@ func (c *config) Validate() error {
 	}
 	if c.output == "-" {
 		return errors.New("the output is a file, which the standard output is not: name one with -o, ./- for one of that name")
+	}
+	if (c.tls != "" || c.joinToken != "") && len(c.supernodes) == 0 {
+		return errors.New("--tls and --join-token are for --supernode: through a dfdaemon its own certificate counts")
 	}
 	if c.socket != "" && c.socket != noSocket && len(c.supernodes) > 0 {
 		return errors.New("--socket and --supernode exclude each other")
@@ -128,10 +138,17 @@ func (c *config) run(ctx context.Context, log *zap.Logger, args []string) error 
 	if socket == noSocket {
 		socket = ""
 	}
+	peer := dfget.PeerConfig{Supernodes: c.supernodes, Advertise: c.advertise, Zone: c.zone, Rack: c.rack, ClearPrivate: c.clearPrivate}
+	if len(c.supernodes) > 0 {
+		var err error
+		if peer.Identity, err = identity.ForHost(c.tls, c.joinToken, filepath.Join(c.dataDir, "identity"), c.supernodes, log); err != nil {
+			return cli.WithCode(cli.ExitUsage, err)
+		}
+	}
 	show := &progress{w: os.Stderr, began: time.Now(), daemon: socket != "", terminal: term.IsTerminal(int(os.Stderr.Fd()))}
 	d := dfget.Download{
 		URL: args[0], Digest: c.digest, Header: c.headerByKey, Output: c.output, Socket: socket, DataDir: c.dataDir, Log: log,
-		Peer:     dfget.PeerConfig{Supernodes: c.supernodes, Advertise: c.advertise, Zone: c.zone, Rack: c.rack},
+		Peer:     peer,
 		Progress: show.update,
 	}
 	err := d.Run(ctx)

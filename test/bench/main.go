@@ -33,6 +33,7 @@ var scenarios = []scenario{
 	{"zones", "two zones with a thin link between, with the zone rule and without", zones},
 	{"private", "30 hosts with credentials of their own: a private blob, beside the same as a public one", private},
 	{"cpu", "processor time of all parts together, beside nginx and curl", cpu},
+	{"tls", "a crowd with TLS between all parts, and the same without: efficiency, CPU", overTLS},
 	{"single", "one host pulls a blob that nobody has had: time, first byte, CPU", single},
 	{"layers", "an image of 40 layers of 20 KB: cold, and when the supernode has it", layers},
 	{"small", "a blob of 1 MiB to eight hosts at once", small},

@@ -6,12 +6,9 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 
 	"damselfly.dev/test/lab"
-	"damselfly.dev/test/programs"
 )
 
 // private is a crowd of hosts with credentials of their own that pull a private
@@ -24,16 +21,7 @@ func private(ctx context.Context, e *env) error {
 	}
 	size := e.size(mib64)
 	l := equal(hosts, rate)
-	dir, err := os.MkdirTemp("", "bench-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	super, host, err := programs.Secured(ctx, e.bin, filepath.Join(dir, "ca"))
-	if err != nil {
-		return err
-	}
-	l.superFlags, l.hostFlags = []string{super}, []string{quota(size), host}
+	l.hostFlags, l.secure = []string{quota(size)}, true // nothing private goes in clear
 	r, err := build(ctx, e.bin, l)
 	if err != nil {
 		return err

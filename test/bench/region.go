@@ -42,6 +42,7 @@ type layout struct {
 	zoneLink   lab.Rate // of each zone
 	superFlags []string
 	hostFlags  []string
+	secure     bool // with TLS
 }
 
 // equal is a layout of n hosts, a supernode and an origin, all with one rate.
@@ -96,6 +97,13 @@ func build(ctx context.Context, bin string, l layout) (_ *region, err error) {
 	}()
 	if r.origin, err = programs.StartNginx(ctx, r.lab.Host("registry")); err != nil {
 		return nil, err
+	}
+	if l.secure {
+		ca, token, err := programs.Secured(ctx, bin, filepath.Join(r.lab.Dir(), "ca"))
+		if err != nil {
+			return nil, err
+		}
+		l.superFlags, l.hostFlags = append(slices.Clip(l.superFlags), ca), append(slices.Clip(l.hostFlags), token)
 	}
 	upstreams := map[string]string{programs.RegistryName: r.origin.URL()}
 	if r.super, err = programs.StartSupernode(ctx, r.lab.Host("supernode"), bin, upstreams, l.superFlags...); err != nil {

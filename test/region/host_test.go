@@ -43,6 +43,7 @@ type node struct {
 	metrics *prometheus.Registry
 	address string // that clients use
 	proxy   string // of a host: its forward proxy
+	peer    string // of a host: where others get pieces
 	scheme  string // of its URLs, "" for http
 	end     func() // ends it and waits; at the latest with the test
 }
@@ -122,7 +123,7 @@ func startHostFor(t *testing.T, from registryproxy.Config, centre *node, f *faul
 		cfg.Advertise = u.Host
 	}
 	d, metrics, end := region.StartHost(t, cfg, infoLog(t))
-	n := &node{metrics: metrics, address: d.MirrorAddr(), proxy: d.ProxyAddr(), end: end}
+	n := &node{metrics: metrics, address: d.MirrorAddr(), proxy: d.ProxyAddr(), peer: d.PeerAddr(), end: end}
 	if f != nil {
 		f.target.Store(secure().target(d.PeerAddr()))
 	}

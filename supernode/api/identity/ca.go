@@ -270,12 +270,16 @@ func writeNew(path string, text []byte, mode os.FileMode) error {
 
 // replace writes a file at once or not at all.
 func replace(path string, text []byte, mode os.FileMode) error {
-	temp := path + ".new"
-	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
+	if err != nil {
 		return err
 	}
-	if err := writeNew(temp, text, mode); err != nil {
-		return err
+	_, err = f.Write(text)
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
 	}
-	return os.Rename(temp, path)
+	if err != nil {
+		_ = os.Remove(f.Name())
+	}
+	return err
 }

@@ -88,6 +88,20 @@ func FromToken(tokenFile, dir string, supernodes []string, log *zap.Logger) (*So
 	return s, nil
 }
 
+// ForHost returns what a host shows to its region: what is in dir, or what it gets
+// for a join token and keeps in keep, or nil where neither is named.
+func ForHost(dir, tokenFile, keep string, supernodes []string, log *zap.Logger) (*Source, error) {
+	switch {
+	case dir != "" && tokenFile != "":
+		return nil, errors.New("tls and join-token exclude each other: a certificate of your own authority, or one that the supernode gives")
+	case dir != "":
+		return FromDir(dir, log)
+	case tokenFile != "":
+		return FromToken(tokenFile, keep, supernodes, log)
+	}
+	return nil, nil
+}
+
 func (j *joiner) token() (Token, error) {
 	text, err := readFile(j.tokenFile)
 	if err != nil {
