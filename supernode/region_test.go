@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -252,6 +253,8 @@ func TestSessionsThatDoNotKeepToTheProtocolEnd(t *testing.T) {
 		"long name":     {Hello: &api.Hello{Version: api.Version, Host: strings.Repeat("a", 65)}},
 		"bad address":   {Hello: &api.Hello{Version: api.Version, Host: "a", Addr: "nonsense"}},
 		"bad port":      {Hello: &api.Hello{Version: api.Version, Host: "a", Addr: "10.0.0.1:99999"}},
+		"no address":    {Hello: &api.Hello{Version: api.Version, Host: "a", Addr: "0.0.0.0:80"}},
+		"cloud's":       {Hello: &api.Hello{Version: api.Version, Host: "a", Addr: "[::ffff:169.254.169.254]:80"}},
 		"bad lanes":     {Hello: &api.Hello{Version: api.Version, Host: "a", Up: -1}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -268,6 +271,39 @@ func TestSessionsThatDoNotKeepToTheProtocolEnd(t *testing.T) {
 	_, err := api.Dial(t.Context(), http.DefaultClient, r.url)
 	require.Error(t, err)
 	require.Equal(t, http.StatusServiceUnavailable, r.get(http.MethodGet, api.SessionPath).status)
+}
+
+func TestAdvertisedAddresses(t *testing.T) {
+	for addr, want := range map[string][2]bool{ // told from another machine, and from this one
+		"10.0.0.1": {true, true}, "fd00::1": {true, true}, "127.0.0.1": {false, true}, "::1": {false, true},
+		"169.254.169.254": {false, false}, "fe80::1": {false, false}, "224.0.0.1": {false, false}, "::": {false, false},
+	} {
+		a := netip.MustParseAddr(addr)
+		require.Equal(t, want, [2]bool{reachable(a, "10.0.0.9:1"), reachable(a, "127.0.0.1:1")}, addr)
+	}
+}
+
+// A host that asks for more contents than anybody pulls, which nobody has, is
+// refused; the others get theirs meanwhile.
+func TestFloodOfJoins(t *testing.T) {
+	h := newHub(t)
+	b := newBytes(1 << 20)
+	d := h.blob(t, b)
+	r := start(t, h, t.TempDir(), nil)
+	flood, honest := dial(t, r, "flood"), dial(t, r, "honest")
+	last := uint64(0)
+	const joins = joinsAtOnce + 500
+	for i := range joins {
+		last = flood.ask(digest.FromString(fmt.Sprint(i)).String(), from(""))
+	}
+	_, no := honest.join(d, from(""))
+	require.Nil(t, no)
+	require.Equal(t, hexOf(b), hexOf(honest.content(d)))
+	_, no = flood.answer(last)
+	require.NotNil(t, no)
+	require.False(t, no.Final)
+	require.Contains(t, no.Reason, errTooMany.Error())
+	require.Less(t, h.times(""), joins)
 }
 
 func TestQuietHostIsTalkedToAndASilentOneGivenUp(t *testing.T) {

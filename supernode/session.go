@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"sync"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/scheduler"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 const (
@@ -215,11 +217,20 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 		if p, err := strconv.ParseUint(port, 10, 16); err != nil || p == 0 || len(host) > 255 {
 			return nil, errors.New("the advertised address is not host:port")
 		}
+		if a, err := netip.ParseAddr(host); err == nil && !reachable(a.Unmap(), s.remote) {
+			return nil, fmt.Errorf("the advertised address %s is none that other hosts reach: name one with --advertise", host)
+		}
 	}
 	if s.name = h.Host; s.who != "" {
 		s.name = s.who + " " + h.Host // hosts may share a certificate, and nobody takes another's session
 	}
 	return h, nil
+}
+
+// reachable tells whether an advertised address may be another machine's: no host
+// is to be sent to what only it may ask.
+func reachable(a netip.Addr, remote string) bool {
+	return !a.IsUnspecified() && !a.IsMulticast() && !a.IsLinkLocalUnicast() && (!a.IsLoopback() || identity.IsLoopback(remote))
 }
 
 // read acts on what the host sends, until it goes.
@@ -362,6 +373,9 @@ func (n *Supernode) sourceOf(j api.Join) (pieces.TaskID, source, error) {
 		return "", nil, err
 	}
 	header := http.Header(j.Origin.Header)
+	if len(header.Get("Authorization")) > maxURLHeader || len(j.Origin.Ignore) > maxIgnore {
+		return "", nil, errors.New("the header for the origin, or the list of parameters to ignore, is too long")
+	}
 	if j.Origin.URL != "" {
 		src, err := n.web.source(id, j.Origin)
 		return id, src, err

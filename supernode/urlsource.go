@@ -28,6 +28,7 @@ const (
 	maxRedirects = 10
 	maxRefusal   = 64 << 10 // bytes kept of a refusal's body
 	maxURLHeader = 64 << 10 // bytes of a caller's header
+	maxIgnore    = 256      // names of parameters
 	proofLife    = 5 * time.Minute
 	maxProofs    = 1 << 16
 )
