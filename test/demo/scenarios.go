@@ -11,12 +11,8 @@ import (
 
 // region: all hosts pull at once, then again straight from the registry.
 func (s *stage) region(ctx context.Context) error {
-	s.out.say("All hosts pull through Damselfly.")
-	swarm, err := s.pull(ctx, s.members, false, nil)
+	swarm, err := s.first(ctx, "All hosts pull through Damselfly.")
 	if err != nil {
-		return err
-	}
-	if err := s.checkOrigin(ctx, swarm); err != nil {
 		return err
 	}
 	s.out.say("The same hosts pull straight from the registry, into empty stores.")
@@ -40,14 +36,21 @@ func (s *stage) region(ctx context.Context) error {
 	return nil
 }
 
+// first says what comes, has all hosts pull through Damselfly, and checks that the
+// registry sent each byte once.
+func (s *stage) first(ctx context.Context, says string) (*round, error) {
+	s.out.say("%s", says)
+	r, err := s.pull(ctx, s.members, false, nil)
+	if err != nil {
+		return nil, err
+	}
+	return r, s.checkOrigin(ctx, r)
+}
+
 // single: one host with everything cold.
 func (s *stage) single(ctx context.Context) error {
-	s.out.say("The host pulls through Damselfly, which has nothing yet.")
-	swarm, err := s.pull(ctx, s.members, false, nil)
+	swarm, err := s.first(ctx, "The host pulls through Damselfly, which has nothing yet.")
 	if err != nil {
-		return err
-	}
-	if err := s.checkOrigin(ctx, swarm); err != nil {
 		return err
 	}
 	s.out.say("The host pulls straight from the registry.")
@@ -133,12 +136,7 @@ func (s *stage) killDaemon(ctx context.Context) error {
 }
 
 func (s *stage) secondPull(ctx context.Context) error {
-	s.out.say("All hosts pull through Damselfly.")
-	first, err := s.pull(ctx, s.members, false, nil)
-	if err != nil {
-		return err
-	}
-	if err := s.checkOrigin(ctx, first); err != nil {
+	if _, err := s.first(ctx, "All hosts pull through Damselfly."); err != nil {
 		return err
 	}
 	s.out.say("They pull again, into empty stores of their engines.")
@@ -158,12 +156,7 @@ func (s *stage) secondPull(ctx context.Context) error {
 }
 
 func (s *stage) lateHost(ctx context.Context) error {
-	s.out.say("All hosts pull through Damselfly.")
-	first, err := s.pull(ctx, s.members, false, nil)
-	if err != nil {
-		return err
-	}
-	if err := s.checkOrigin(ctx, first); err != nil {
+	if _, err := s.first(ctx, "All hosts pull through Damselfly."); err != nil {
 		return err
 	}
 	late, err := s.lateMember(ctx)
