@@ -368,8 +368,11 @@ func newHost(t *testing.T, dir string, cfg PeerConfig, quota int64, dial func(co
 	t.Helper()
 	h := &host{reg: prometheus.NewRegistry()}
 	var err error
-	h.store, err = pieces.OpenStore(dir, pieces.StoreConfig{Quota: quota,
-		OnEvict: func(id pieces.TaskID) { h.Evicted(id) }, OnLost: func(id pieces.TaskID, _ []int) { h.Lost(id) }})
+	h.store, err = pieces.OpenStore(dir, pieces.StoreConfig{
+		Quota:   quota,
+		OnEvict: func(id pieces.TaskID) { h.Evicted(id) },
+		OnLost:  func(id pieces.TaskID, _ []int) { h.Lost(id) },
+	})
 	require.NoError(t, err)
 	h.Peer, err = NewPeer(cfg, h.store, zaptest.NewLogger(t), h.reg)
 	require.NoError(t, err)

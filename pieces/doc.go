@@ -6,10 +6,12 @@
 //	unknown ──SetDigests──▶ known ──Receive──▶ good ◀──verify──┐
 //	   └───────────────Make───────────────────▶ good           │
 //	                                             │ unclean end │
-//	                                             └──▶ in doubt ┴──verify──▶ known
+//	                                             ├──▶ in doubt ┴──verify──▶ known
+//	                                             └──verify, or dropped from a window──▶ known
 //
 // Only good pieces are given to anyone: Has, CopyRange, Wait and Reader verify
-// what is in doubt before they say that it is there.
+// what is in doubt before they say that it is there. CopyRange and Reader verify
+// once more what is good but not fresh: see verify.go.
 //
 // Locks are taken in the order task.disk, Store.mu, task.mu; Content.files is
 // taken before the latter two and after the first.

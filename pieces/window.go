@@ -216,12 +216,12 @@ func (s *Store) shrink() bool {
 		}
 	}
 	s.mu.Unlock()
-	any := false
+	gave := false
 	for _, c := range wide {
-		any = c.shrink() || any
+		gave = c.shrink() || gave
 		c.Release()
 	}
-	return any
+	return gave
 }
 
 func (c *Content) shrink() bool {
