@@ -93,7 +93,7 @@ func (d *direct) read(ctx context.Context, b []byte, off, size int64) (n int, er
 func (d *direct) reopen(ctx context.Context, off, size int64) error {
 	for {
 		if d.tries > 0 {
-			pause := min(directBackOff<<d.tries, maxBackOff)
+			pause := min(directBackOff<<(d.tries-1), maxBackOff)
 			select {
 			case <-ctx.Done():
 				return context.Cause(ctx)

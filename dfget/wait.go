@@ -55,7 +55,11 @@ func (s *Stream) await(began time.Time) (cause string, err error) {
 		s.p.ask(s, first, end)
 	}
 	for {
-		ctx, cancel := context.WithTimeout(s.ctx, wantAfter)
+		wait := wantAfter
+		if left := time.Until(began.Add(turnAfter)); left > 0 {
+			wait = min(wait, left)
+		}
+		ctx, cancel := context.WithTimeout(s.ctx, wait)
 		err := s.content.Wait(ctx, first)
 		cancel()
 		switch {

@@ -30,7 +30,7 @@ type hiccup struct {
 func (u *hiccup) Open(ctx context.Context, off int64) (io.ReadCloser, int64, error) {
 	if u.asked.Add(1) == 1 {
 		select {
-		case <-time.After(4200 * time.Millisecond):
+		case <-time.After(3700 * time.Millisecond):
 		case <-ctx.Done():
 			return nil, 0, ctx.Err()
 		}

@@ -23,7 +23,7 @@ import (
 const (
 	dialTimeout   = 3 * time.Second
 	headerTimeout = 10 * time.Second // from the dialling to the answer's header
-	stallTimeout  = 4 * time.Second  // a host waits 5 s for its region
+	stallTimeout  = hurry
 	maxRedirects  = 10
 )
 

@@ -28,7 +28,7 @@ type Config struct {
 	AllowAddresses Networks
 
 	// StallTimeout is how long a body may give no byte before its request
-	// fails; 0 stands for 4 s: with more, hosts may turn to the registry before
+	// fails; 0 stands for 3.5 s: with more, hosts may turn to the registry before
 	// its supernode does so again. Raise it for registries that pause.
 	StallTimeout time.Duration
 }
@@ -55,7 +55,7 @@ type Upstream struct {
 	ReadersWhenAway time.Duration `mapstructure:"readers-when-away"`
 
 	// ConnectTimeout (0: 3 s) bounds the making of a connection, HeaderTimeout
-	// (0: 10 s, for mirrors 4 s) all until an answer's header is there. Lower
+	// (0: 10 s, for mirrors 3.5 s) all until an answer's header is there. Lower
 	// ones turn elsewhere sooner, higher ones wait for slow registries.
 	ConnectTimeout time.Duration `mapstructure:"connect-timeout"`
 	HeaderTimeout  time.Duration `mapstructure:"header-timeout"`

@@ -9,7 +9,7 @@ import (
 // hurry is how long an answer is waited for before the same is asked once more,
 // by another connection: one of many may be dead, and whoever waits for the
 // answer turns elsewhere in 5 s.
-const hurry = 4 * time.Second
+const hurry = 3500 * time.Millisecond
 
 // ended is a request that has, the nth.
 type ended struct {

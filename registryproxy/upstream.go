@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	mirrorHeaderTimeout = 4 * time.Second // a mirror is not waited for as long
+	mirrorHeaderTimeout = hurry // a mirror is not waited for as long
 	defaultRetries      = 1
 	maxRetries          = 5
 	maxUnnamed          = 1024 // registries that the configuration does not name

@@ -29,7 +29,12 @@ const chunk = 64 << 10 // bytes
 
 func newOrigin(t *testing.T) *origin {
 	t.Helper()
-	o := &origin{backend: registry.New(registry.Logger(log.New(io.Discard, "", 0))), gets: map[string]int{}}
+	return newOriginOf(t, registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+}
+
+func newOriginOf(t *testing.T, backend http.Handler) *origin {
+	t.Helper()
+	o := &origin{backend: backend, gets: map[string]int{}}
 	o.Server = httptest.NewServer(o)
 	t.Cleanup(o.Close)
 	return o
