@@ -12,7 +12,7 @@ import (
 
 // overTLS is a crowd in a region with TLS, and the same crowd in one without, in turn.
 func overTLS(ctx context.Context, e *env) error {
-	hosts, rate := 16, 50*lab.Mbit
+	hosts, rate := 16, 25*lab.Mbit
 	if e.short {
 		hosts = 4
 	}

@@ -312,7 +312,7 @@ func TestJoin(t *testing.T) {
 	go func() { ended <- s.Run(ctx) }()
 	require.Eventually(t, func() bool { _, err := s.Peer(); return err == nil }, 10*time.Second, 10*time.Millisecond)
 	cancel()
-	<-ended
+	require.ErrorIs(t, <-ended, context.Canceled)
 	for _, name := range []string{CertFile, KeyFile, RootFile} {
 		info, err := os.Stat(filepath.Join(data, name))
 		require.NoError(t, err)

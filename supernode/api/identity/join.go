@@ -19,6 +19,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -159,12 +160,10 @@ func (j *joiner) parse(t Token, cert, roots []byte) (*material, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, c := range parseCerts(roots) {
-		if t.vouches(c) {
-			return m, nil
-		}
+	if !slices.ContainsFunc(parseCerts(roots), t.vouches) {
+		return nil, errors.New("it is not of the join token's authority")
 	}
-	return nil, errors.New("it is not of the join token's authority")
+	return m, nil
 }
 
 // vouches tells whether a token was made by the authority c.
