@@ -76,7 +76,7 @@ func (c Command) Main() {
 	ballast := make([]byte, slack) // counted as heap, and no memory as nobody touches it
 	ctx, cancel := context.WithCancel(context.Background())
 	var load sync.WaitGroup
-	load.Go(func() { followLoad(ctx) })
+	load.Go(func() { followLoad(ctx, cpuTime) })
 	code := c.Execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	cancel()
 	load.Wait()

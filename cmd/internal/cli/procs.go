@@ -15,10 +15,10 @@ const (
 )
 
 // followLoad keeps GOMAXPROCS at what the work takes, from 1 up to what it was,
-// until ctx ends. With more than that every message wakes threads that look for
+// until ctx ends; cpuTime tells what it has taken. With more than that every message wakes threads that look for
 // work and find none, which takes a sixth of what a host's pull costs in all.
 // Where GOMAXPROCS is set by its variable it stays.
-func followLoad(ctx context.Context) {
+func followLoad(ctx context.Context, cpuTime func() time.Duration) {
 	if os.Getenv("GOMAXPROCS") != "" {
 		return
 	}

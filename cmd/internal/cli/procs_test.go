@@ -4,7 +4,9 @@ import (
 	"context"
 	"os"
 	"runtime"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -43,18 +45,32 @@ func TestProcessorsFollowTheLoad(t *testing.T) {
 		t.Skip("one processor: there is nothing to follow")
 	}
 	t.Setenv("GOMAXPROCS", "")
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	go func() { defer close(ended); followLoad(ctx) }()
-	assert.Eventually(t, func() bool { return runtime.GOMAXPROCS(0) == 1 }, 10*time.Second, time.Millisecond)
-	for range most {
-		go func() {
-			for ctx.Err() == nil {
-			}
-		}()
+	synctest.Test(t, func(t *testing.T) {
+		var busy atomic.Int64 // processors
+		var used time.Duration
+		last := time.Now()
+		cpu := func() time.Duration {
+			used += time.Duration(busy.Load()) * time.Since(last)
+			last = time.Now()
+			return used
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { defer close(ended); followLoad(ctx, cpu) }()
+		for _, c := range []struct{ busy, want int }{{0, 1}, {most, most}, {0, 1}} {
+			busy.Store(int64(c.busy))
+			<-time.After(time.Minute)
+			assert.Equal(t, c.want, runtime.GOMAXPROCS(0), "%d busy", c.busy)
+		}
+		cancel()
+		<-ended
+		assert.Equal(t, most, runtime.GOMAXPROCS(0))
+	})
+}
+
+func TestCPUTimeGrows(t *testing.T) {
+	began := cpuTime()
+	assert.Positive(t, began)
+	for cpuTime() == began {
 	}
-	assert.Eventually(t, func() bool { return runtime.GOMAXPROCS(0) > 1 }, time.Minute, 10*time.Millisecond)
-	cancel()
-	<-ended
-	assert.Equal(t, most, runtime.GOMAXPROCS(0))
 }
