@@ -250,7 +250,7 @@ func troubleInTheRegion(t *testing.T, p *trap, peer bool, started func()) wait {
 	t.Logf("longest wait %v; %d answers gone wrong", gap.clock, p.sprung.Load())
 	require.LessOrEqual(t, gap.pulse, hangLimit)
 	require.Positive(t, p.sprung.Load())
-	if peer {
+	if peer && gap.clock < 4*time.Second { // in five a host turns to the registry, as it should
 		requireOnce(t, o, centre)
 	}
 	return gap
