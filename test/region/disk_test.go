@@ -17,14 +17,14 @@ import (
 	"damselfly.dev/dfdaemon"
 )
 
-// pushLarge puts an image of 96 MiB into the registry.
+// pushLarge puts an image of 52 MiB into the registry.
 func pushLarge(t *testing.T, o *origin) string {
 	t.Helper()
 	var img v1.Image
 	var err error
 	img, err = random.Image(1, 0)
 	require.NoError(t, err)
-	for _, size := range []int64{64 << 20, 32 << 20} {
+	for _, size := range []int64{32 << 20, 20 << 20} {
 		l, err := random.Layer(size, "application/vnd.docker.image.rootfs.diff.tar.gzip")
 		require.NoError(t, err)
 		img, err = mutate.AppendLayers(img, l)
@@ -64,7 +64,7 @@ func pullWithoutRoom(t *testing.T, small func(i int) func(*dfdaemon.Config)) {
 
 func TestAnImageLargerThanTheQuota(t *testing.T) {
 	pullWithoutRoom(t, func(int) func(*dfdaemon.Config) {
-		return func(c *dfdaemon.Config) { c.Quota, c.KeepFree = 40<<20, 0 }
+		return func(c *dfdaemon.Config) { c.Quota, c.KeepFree = 24<<20, 0 }
 	})
 }
 
@@ -89,7 +89,7 @@ func TestAnImageLargerThanTheDisk(t *testing.T) {
 	require.NoError(t, syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""))
 	pullWithoutRoom(t, func(int) func(*dfdaemon.Config) {
 		dir := t.TempDir()
-		require.NoError(t, syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=40m"))
+		require.NoError(t, syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=24m"))
 		t.Cleanup(func() { require.NoError(t, syscall.Unmount(dir, syscall.MNT_DETACH)) })
 		return func(c *dfdaemon.Config) { c.DataDir, c.Quota, c.KeepFree = dir, 0, 0 }
 	})
