@@ -106,8 +106,13 @@ func TestSocketIsForItsUsers(t *testing.T) {
 		group bool
 		want  int
 	}{
-		{uint32(0), false, 204}, {uint32(os.Geteuid()), false, 204}, {uint32(4711), false, 204}, {users[0], false, 204},
-		{uint32(4712), false, 403}, {nil, false, 403}, {uint32(4712), true, 204},
+		{uint32(0), false, 204},
+		{uint32(os.Geteuid()), false, 204},
+		{uint32(4711), false, 204},
+		{users[0], false, 204},
+		{uint32(4712), false, 403},
+		{nil, false, 403},
+		{uint32(4712), true, 204},
 	} {
 		r := httptest.NewRequestWithContext(context.WithValue(t.Context(), peerKey{}, ask.who), http.MethodGet, "/", nil)
 		w := httptest.NewRecorder()

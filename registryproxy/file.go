@@ -73,9 +73,9 @@ type File[T any] struct{ file[T] }
 func OpenFile[T any](path string, parse func([]byte) (T, error)) (*File[T], error) {
 	f := &File[T]{}
 	f.path, f.parse = path, parse
-	_, err := f.file.get()
+	_, err := f.get()
 	return f, err
 }
 
 // Get returns what the file says; with an error, what it said before.
-func (f *File[T]) Get() (T, error) { return f.file.get() }
+func (f *File[T]) Get() (T, error) { return f.get() }

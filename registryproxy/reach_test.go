@@ -79,7 +79,7 @@ func TestReach(t *testing.T) {
 	n := 0
 	inside := serveTo(t, func(w http.ResponseWriter, _ *http.Request) { n++; _, _ = w.Write([]byte("secret")) })
 	to := ""
-	s := serveTo(t, func(w http.ResponseWriter, r *http.Request) {
+	s := serveTo(t, func(w http.ResponseWriter, _ *http.Request) {
 		if to == "realm" {
 			w.Header().Set("Www-Authenticate", `Bearer realm="`+inside+`/token",service="x"`)
 			w.WriteHeader(http.StatusUnauthorized)
@@ -131,7 +131,7 @@ func TestReach(t *testing.T) {
 // named by its address is looked at all the same.
 func TestReachByProxy(t *testing.T) {
 	asked := ""
-	through := serveTo(t, func(w http.ResponseWriter, r *http.Request) { asked = r.URL.String() })
+	through := serveTo(t, func(_ http.ResponseWriter, r *http.Request) { asked = r.URL.String() })
 	at, err := url.Parse(through)
 	require.NoError(t, err)
 	r := newReach(Config{})

@@ -128,7 +128,7 @@ func FuzzTokens(f *testing.F) {
 		all, err := parseTokens(b)
 		if err != nil {
 			require.Nil(t, all)
-			for _, word := range strings.Fields(string(b)) {
+			for word := range strings.FieldsSeq(string(b)) {
 				if len(word) > 20 {
 					require.NotContains(t, err.Error(), word)
 				}

@@ -87,7 +87,7 @@ func TestSlowConnections(t *testing.T) {
 			_, err := io.WriteString(conn, c.send)
 			require.NoError(t, err)
 			if what == "no reading" {
-				time.Sleep(c.cut + time.Second)
+				<-time.After(c.cut + time.Second)
 			}
 			b, _ := io.ReadAll(conn)
 			require.Less(t, len(b), 1<<20, what)
@@ -106,7 +106,7 @@ func TestSlowConnections(t *testing.T) {
 		require.NoError(t, resp.Body.Close())
 		require.Equal(t, http.StatusBadRequest, resp.StatusCode)
 		require.NoError(t, conn.Close())
-		time.Sleep(time.Second) // the server's own pause after such an answer
+		<-time.After(time.Second) // the server's own pause after such an answer
 		synctest.Wait()
 
 		var held []net.Conn
