@@ -29,11 +29,11 @@ func (m *mirror) ahead(route registryproxy.Route, authorization string, manifest
 	if json.Unmarshal(manifest, &named) != nil {
 		return
 	}
-	var early []dfget.Request
+	var early []dfget.Likely
 	for _, d := range append([]descriptor{named.Config}, named.Layers...) {
 		id, err := pieces.ParseTaskID(d.Digest)
 		if err == nil && 0 < d.Size && d.Size <= api.MaxInline && len(early) < maxEarly {
-			early = append(early, dfget.Request{ID: id, Origin: origin(route, authorization)})
+			early = append(early, dfget.Likely{Request: dfget.Request{ID: id, Origin: origin(route, authorization)}, Size: d.Size})
 		}
 	}
 	m.peer.Ahead(early)

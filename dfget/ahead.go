@@ -20,9 +20,15 @@ const (
 	aheadWait   = time.Second // an Open waits for what is under way, before it joins itself
 )
 
+// Likely is a content that is likely to be asked for next.
+type Likely struct {
+	Request
+	Size int64 // what somebody, such as a manifest, says that it is, in bytes
+}
+
 // early is a stream opened before it is asked for.
 type early struct {
-	req  Request
+	req  Likely
 	key  [sha256.Size]byte
 	done chan struct{} // closed when s is set or has failed
 	s    *Stream
@@ -48,8 +54,8 @@ func (r *Request) key() [sha256.Size]byte {
 // Ahead opens contents that are likely to be asked for next, by the same caller:
 // the next Open of one, within seconds, has it at once. Only the region is asked,
 // for what the store does not have.
-func (p *Peer) Ahead(reqs []Request) {
-	var wanted []Request
+func (p *Peer) Ahead(reqs []Likely) {
+	var wanted []Likely
 	for _, r := range reqs {
 		if c, err := p.store.Get(r.ID); err == nil {
 			c.Release()
@@ -89,7 +95,7 @@ func (p *Peer) openAhead(ctx context.Context, es []*early) {
 			e.begun = p.early[e.key] == e // else it is asked for already
 			p.mu.Unlock()
 			if e.begun {
-				e.s, _ = p.open(ctx, time.Now(), e.req, 0, api.MaxInline) // no more, whatever it was said to have; who asks for it learns what is wrong
+				e.s, _ = p.open(ctx, time.Now(), e.req.Request, e.req.Size, 0, api.MaxInline) // no more, whatever it was said to have; who asks for it learns what is wrong
 			}
 			return nil
 		})

@@ -23,6 +23,13 @@ func giving(b *blob) func(*fakeNode, api.Up) {
 	}
 }
 
+func likely(reqs ...Request) (l []Likely) {
+	for _, r := range reqs {
+		l = append(l, Likely{r, 20_000})
+	}
+	return l
+}
+
 func TestAhead(t *testing.T) {
 	b := newBlob(20_000)
 	ask := func(header ...string) (Request, *upstream) {
@@ -39,14 +46,15 @@ func TestAhead(t *testing.T) {
 	t.Run("is there when it is asked for", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			_, n, h := bubble(t, PeerConfig{}, giving(b), b)
-			h.Ahead([]Request{mine, mine})
+			h.Ahead(likely(mine, mine))
 			synctest.Wait()
 			require.Len(t, heard(n, joins), 1)
+			require.EqualValues(t, 20_000, heard(n, joins)[0].Size)
 			read(t, h, mine)
 			require.Len(t, heard(n, joins), 1, "it was joined before")
 			read(t, h, mine)
 			require.Len(t, heard(n, joins), 2, "it is given once")
-			h.Ahead([]Request{mine})
+			h.Ahead(likely(mine))
 			synctest.Wait()
 			require.Len(t, heard(n, joins), 2, "what the store has is left alone")
 		})
@@ -54,7 +62,7 @@ func TestAhead(t *testing.T) {
 	t.Run("is nobody else's", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			_, n, h := bubble(t, PeerConfig{}, giving(b), b)
-			h.Ahead([]Request{mine})
+			h.Ahead(likely(mine))
 			synctest.Wait()
 			for i, header := range [][]string{{"Bearer other"}, nil} {
 				r, _ := ask(header...)
@@ -66,7 +74,7 @@ func TestAhead(t *testing.T) {
 	t.Run("nobody comes for it", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			_, n, h := bubble(t, PeerConfig{}, giving(b), b)
-			h.Ahead([]Request{mine})
+			h.Ahead(likely(mine))
 			pause(t, aheadLife+time.Second)
 			require.True(t, idle(h))
 			require.Empty(t, h.early)
@@ -82,7 +90,7 @@ func TestAhead(t *testing.T) {
 					n.send(api.Down{Refused: []api.Refused{{Seq: j.Seq, Status: 403, Final: true}}})
 				}
 			}, nil)
-			h.Ahead([]Request{mine})
+			h.Ahead(likely(mine))
 			synctest.Wait()
 			_, err := h.Open(t.Context(), mine, 0, -1)
 			_, refused := errors.AsType[*RefusedError](err)
@@ -94,7 +102,7 @@ func TestAhead(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			_, _, h := bubble(t, PeerConfig{}, func(*fakeNode, api.Up) {}, nil)
 			r, up := ask()
-			h.Ahead([]Request{r})
+			h.Ahead(likely(r))
 			synctest.Wait()
 			began := time.Now()
 			read(t, h, r)
@@ -111,7 +119,7 @@ func TestAhead(t *testing.T) {
 				}
 			}, large)
 			r := Request{large.id, registryOrigin(), &upstream{bytes: large.bytes}}
-			h.Ahead([]Request{r})
+			h.Ahead(likely(r))
 			synctest.Wait()
 			for _, j := range heard(n, joins) {
 				require.True(t, j.Lazy, "all of it is wanted")
@@ -129,7 +137,7 @@ func TestAhead(t *testing.T) {
 	t.Run("without a session", func(t *testing.T) {
 		h := newHost(t, t.TempDir(), PeerConfig{}, 0, nil)
 		r, up := ask()
-		h.Ahead([]Request{r})
+		h.Ahead(likely(r))
 		require.Empty(t, up.opened())
 		read(t, h, r)
 	})

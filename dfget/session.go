@@ -361,6 +361,6 @@ func (p *Peer) joinLocked(s *session, st *Stream) {
 		s.send(holdMessage(p.store, id))
 	}
 	s.send(message{size: size + len(origin.URL), add: func(u *api.Up) {
-		u.Join = append(u.Join, api.Join{Seq: seq, Task: string(id), Origin: origin, Small: true, Lazy: lazy})
+		u.Join = append(u.Join, api.Join{Seq: seq, Task: string(id), Origin: origin, Small: true, Lazy: lazy, Size: st.said})
 	}})
 }

@@ -44,6 +44,7 @@ type Stream struct {
 	cancel context.CancelFunc
 	id     pieces.TaskID
 	origin api.Origin
+	said   int64     // its size, as somebody has said; 0 is not
 	since  time.Time // when the reader began to wait
 	direct *direct   // where the region's bytes end
 	task   *task     // nil when the region has no part in it
@@ -84,11 +85,11 @@ func (p *Peer) OpenSince(ctx context.Context, since time.Time, req Request, off,
 			return s, nil
 		}
 	}
-	return p.open(ctx, since, req, off, n)
+	return p.open(ctx, since, req, 0, off, n)
 }
 
-func (p *Peer) open(ctx context.Context, since time.Time, req Request, off, n int64) (*Stream, error) {
-	s := &Stream{p: p, id: req.ID, origin: req.Origin, since: since, off: off, answer: make(chan answer, 1)}
+func (p *Peer) open(ctx context.Context, since time.Time, req Request, said, off, n int64) (*Stream, error) {
+	s := &Stream{p: p, id: req.ID, origin: req.Origin, said: said, since: since, off: off, answer: make(chan answer, 1)}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.direct = &direct{from: req.Direct}
 	s.lazy = n >= 0 && p.cfg.Background != 0
@@ -204,7 +205,9 @@ func (s *Stream) next() error {
 	if !s.own && s.content.IsWindow() {
 		ahead := s.p.ahead(s)
 		i = min(i, first+ahead)
-		s.p.ask(s, first, min(end, first+ahead))
+		if s.asked < end && i+ahead/2 >= s.asked {
+			s.p.ask(s, first, min(end, first+ahead))
+		}
 	} else if s.lazy && s.asked < end && i+lazyRun/2 >= s.asked { // before its reader waits for them
 		s.p.ask(s, i, min(end, i+lazyRun))
 	}

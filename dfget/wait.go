@@ -51,7 +51,7 @@ func (s *Stream) await(began time.Time) (cause string, err error) {
 	default:
 		end = first + 1
 	}
-	if !s.given || s.lazy || window {
+	if !s.given || (s.lazy || window) && s.asked <= first {
 		s.p.ask(s, first, end)
 	}
 	for {

@@ -29,6 +29,7 @@ type fetch struct {
 
 	sparse  atomic.Bool // it brings what is asked for, as demand says
 	demand  *demand     // nil for one that brings all from the beginning
+	small   bool        // it was said to be, and is asked for whole before it is measured; run's alone
 	length  int64       // of a sparse one
 	version string      // of what it reads
 
@@ -101,6 +102,11 @@ func (o *origin) run(f *fetch, src source) {
 func (o *origin) fetch(f *fetch, src source) error {
 	o.metrics.fetches.Inc()
 	defer o.metrics.fetches.Dec()
+	if f.small {
+		if err := o.fetchWhole(f, src); !errors.Is(err, errLarge) {
+			return err
+		}
+	}
 	if f.demand != nil {
 		c, err := o.scatter(f, src)
 		if err != nil {
@@ -116,6 +122,13 @@ func (o *origin) fetch(f *fetch, src source) error {
 			return nil
 		}
 	}
+	f.small = false
+	return o.fetchWhole(f, src)
+}
+
+// fetchWhole is fetch for all of a content, in order; errLarge when it was to be
+// small and is not, of which nothing has been taken then.
+func (o *origin) fetchWhole(f *fetch, src source) error {
 	select {
 	case o.slots <- struct{}{}:
 		defer func() { <-o.slots }()
@@ -157,6 +170,10 @@ func (o *origin) finish(f *fetch, c *pieces.Content) {
 // which an earlier fetch has left, or a new one.
 func (o *origin) prepare(f *fetch, in *stream) (*pieces.Content, error) {
 	if c, err := o.store.Get(f.id); err == nil {
+		if f.small {
+			c.Release()
+			return nil, errLarge // or in part there, which is as rare
+		}
 		err := o.resume(c, in)
 		if err == nil {
 			return c, nil
@@ -171,6 +188,9 @@ func (o *origin) prepare(f *fetch, in *stream) (*pieces.Content, error) {
 	b, err := in.open()
 	if err != nil {
 		return nil, err
+	}
+	if f.small && (in.length < 0 || in.length > pieces.MinPieceSize) {
+		return nil, errLarge
 	}
 	first := *b
 	if in.length < 0 {

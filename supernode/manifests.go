@@ -80,7 +80,7 @@ func (n *Supernode) bringManifest(ctx context.Context, id pieces.TaskID, t tag, 
 		return nil, passing{errNotKept}
 	}
 	src.digest, src.got = t.digest, t.got
-	return n.origin.bring(ctx, id, src, false)
+	return n.origin.bring(ctx, id, src, api.Join{})
 }
 
 func (n *Supernode) writeManifest(w http.ResponseWriter, r *http.Request, l *lease, mediaType string) {

@@ -117,7 +117,7 @@ func (n *Supernode) serveBlob(w http.ResponseWriter, r *http.Request, route regi
 	}
 	ctx, cancel := context.WithTimeoutCause(r.Context(), firstByte, errStalled)
 	defer cancel()
-	l, err := n.origin.bring(ctx, id, n.source(route, who), false)
+	l, err := n.origin.bring(ctx, id, n.source(route, who), api.Join{})
 	if err != nil {
 		n.notCached(w, r, route, who, err)
 		return

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -63,7 +64,7 @@ type origin struct {
 // bring returns a content for the caller of src, which may be still on its way:
 // a fetch is begun when there is neither a whole content nor a fetch. A lazy
 // caller will ask for what it wants by the lease's fetch, where that is sparse.
-func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, lazy bool) (*lease, error) {
+func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, j api.Join) (*lease, error) {
 	for {
 		l := &lease{drops: o.drops.Load()}
 		l.fetch = o.find(id)
@@ -80,7 +81,7 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, lazy b
 				o.drop(id, err.Error(), l.drops)
 				continue
 			}
-			l.fetch = o.begin(id, src, lazy)
+			l.fetch = o.begin(id, src, j)
 		}
 		if l.fetch == nil {
 			return nil, errStopping
@@ -122,7 +123,7 @@ func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, lazy b
 		if !mine {
 			l.fetch.spare(src)
 		}
-		l.fetch.use(src, lazy)
+		l.fetch.use(src, j.Lazy)
 		return l, nil
 	}
 }
@@ -207,15 +208,15 @@ func (o *origin) cached(id pieces.TaskID) *pieces.Content {
 
 // begin returns a new fetch, or one that somebody else has just begun; nil when
 // there are to be no more.
-func (o *origin) begin(id pieces.TaskID, src source, lazy bool) *fetch {
+func (o *origin) begin(id pieces.TaskID, src source, j api.Join) *fetch {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if f := o.running[id]; f != nil || o.ctx.Err() != nil {
 		return f
 	}
 	f := &fetch{id: id, from: src.from(), key: src.key(), ready: make(chan struct{}), whole: make(chan struct{}), done: make(chan struct{})}
-	if lazy {
-		f.demand = newDemand(src)
+	if j.Lazy {
+		f.demand, f.small = newDemand(src), 0 < j.Size && j.Size <= pieces.MinPieceSize
 	}
 	f.broken, f.fail = context.WithCancelCause(context.Background())
 	o.running[id] = f

@@ -317,7 +317,7 @@ func (s *session) join(ctx context.Context, j api.Join) {
 	}
 	waits, over := context.WithCancel(ctx)
 	time.AfterFunc(askingEvery, func() { s.asking(waits, j.Seq) })
-	l, err := s.node.origin.bring(ctx, id, src, j.Lazy)
+	l, err := s.node.origin.bring(ctx, id, src, j)
 	over()
 	if err != nil {
 		s.refuse(j.Seq, err)

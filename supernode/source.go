@@ -56,6 +56,7 @@ var (
 	errChanged = errors.New("the origin has other content by now")
 	errWrong   = errors.New("the content does not have its digest")
 	errWhole   = errors.New("the origin gives no ranges")
+	errLarge   = errors.New("the content is not as small as it was said to be")
 	errOthers  = errors.New("the content is another origin's")
 )
 

@@ -73,6 +73,29 @@ func TestSparseFetchEndsAndGoesOn(t *testing.T) {
 	require.Eventually(t, func() bool { c := r.origin.cached(pieces.TaskID(id)); defer releaseAll(c); return c != nil }, wait, poll)
 }
 
+// What is said to be small is asked for by one request; what is not small after
+// all is measured then, and only what is wanted comes.
+func TestSmallContentIsNotMeasured(t *testing.T) {
+	h := newHub(t)
+	small, large := newBytes(20_000), newBytes(8<<20)
+	r := start(t, h, t.TempDir(), nil)
+	one := dial(t, r, "one")
+	for i, b := range [][]byte{small, large} {
+		id := h.blob(t, b)
+		one.send(api.Up{Join: []api.Join{{Seq: uint64(100 + i), Task: id, Origin: from(""), Small: true, Lazy: true, Size: 20_000}}})
+		task, no := one.answer(uint64(100 + i))
+		require.Nil(t, no)
+		require.Equal(t, i == 1, task.Sparse)
+		if i == 0 {
+			require.Equal(t, small, task.Data)
+			require.Zero(t, h.times("HEAD"))
+			require.Equal(t, 1, h.times("GET /v2/"))
+		}
+	}
+	require.Equal(t, 1, h.times("HEAD"))
+	require.Equal(t, len(small), r.metric("damselfly_origin_bytes_total"))
+}
+
 func releaseAll(c *pieces.Content) {
 	if c != nil {
 		c.Release()

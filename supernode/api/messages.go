@@ -103,6 +103,9 @@ type Join struct {
 	// Lazy is a host that wants only what it asks for by Want, until a Join without
 	// it or a Want for All. It changes nothing for one that has joined without it.
 	Lazy bool `cbor:"5,keyasint,omitempty"`
+	// Size is how long somebody has said that the content is, in bytes, 0 where
+	// nobody has: what seems to be small is asked for without asking how long it is.
+	Size int64 `cbor:"6,keyasint,omitempty"`
 }
 
 // Origin is where a task's bytes come from: a repository of a registry (the
