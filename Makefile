@@ -17,7 +17,7 @@ build: ## build supernode, dfdaemon and dfget into bin/
 install: ## install what the tests and the demo need (root, Debian 12)
 	test/install.sh
 
-test: install lint unit lab engines tls ## everything: lint, unit, race, the region in one process, real engines
+test: install lint unit lab engines tls-short ## everything: lint, unit, race, the region in one process, real engines
 
 lint: ## formatting, layering and the linters
 	$(TOOL) golangci-lint run ./...
@@ -31,8 +31,11 @@ lab: build ## tests on network namespaces with shaped links (root)
 engines: build ## real registries and engines pull through dfdaemon (root)
 	$(GO) test -race -tags $(TAGS) -count=1 -timeout 20m ./test/engines/...
 
-.PHONY: tls
-tls: build ## the region in one process and the engines again, with TLS between all parts (root)
+.PHONY: tls tls-short
+tls-short: ## the region in one process again, with TLS between all parts, but for its faults
+	DAMSELFLY_TEST_TLS=1 $(GO) test -race -tags $(TAGS) -count=1 -timeout 10m -short -skip 'Trouble|SlowConnections|LargerThan' ./test/region
+
+tls: build ## all of it again with TLS between all parts, and the engines (root; 20 min)
 	DAMSELFLY_TEST_TLS=1 $(GO) test -p 1 -race -tags $(TAGS) -count=1 -timeout 30m ./test/region/... ./test/engines/...
 
 demo: ## one image to six hosts, with and without Damselfly (root: on shaped links)

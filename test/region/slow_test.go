@@ -2,7 +2,6 @@ package region_test
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -91,7 +90,7 @@ func TestSlowConnectionsBesideACrowd(t *testing.T) {
 	pullAll(t, hosts, image)
 	t.Logf("the crowd has the image after %v", time.Since(begin).Round(time.Millisecond))
 	for i, h := range hosts {
-		require.Zero(t, h.value(t, "damselfly_fallbacks_total", ""), fmt.Sprintf("host %d went past the region", i))
+		require.Zero(t, h.value(t, "damselfly_fallbacks_total", ""), "host %d went past the region", i)
 		require.Zero(t, h.value(t, "damselfly_connections_refused_total", ""), i)
 	}
 	require.Zero(t, centre.value(t, "damselfly_connections_refused_total", ""))
