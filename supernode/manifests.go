@@ -74,10 +74,15 @@ func (n *Supernode) serveManifest(w http.ResponseWriter, r *http.Request, route 
 // bringManifest returns the manifest that a tag stands for.
 func (n *Supernode) bringManifest(ctx context.Context, id pieces.TaskID, t tag, src *registrySource) (*lease, error) {
 	if t.age > 0 { // the caller may read it, and the registry cannot be asked again
-		if c := n.origin.cached(id); c != nil {
-			return &lease{Content: c}, nil
+		c := n.origin.cached(id)
+		if c == nil {
+			return nil, passing{errNotKept}
 		}
-		return nil, passing{errNotKept}
+		if !gave(src, c) { // the tag may be of another's digest
+			c.Release()
+			return nil, errOthers
+		}
+		return &lease{Content: c}, nil
 	}
 	src.digest, src.got = t.digest, t.got
 	return n.origin.bring(ctx, id, src, api.Join{})
@@ -149,12 +154,12 @@ func (n *Supernode) resolve(ctx context.Context, src *registrySource) (tag, erro
 	age := time.Since(last.Checked)
 	known = known && age < n.cfg.StaleFor
 	if known && age < n.cfg.TagFreshness {
-		if _, err := src.check(ctx, src.digest, true); err != nil {
+		if _, err := src.check(ctx, true); err != nil {
 			return tag{}, err
 		}
 		return tag{digest: last.Digest}, nil
 	}
-	if err := src.access.Denied(src.kind, src.repo, src.digest, src.who); err != nil {
+	if err := src.access.Denied(src.route(), src.who); err != nil {
 		return tag{}, err
 	}
 	if known {
@@ -180,7 +185,7 @@ func (n *Supernode) resolve(ctx context.Context, src *registrySource) (tag, erro
 	if err == nil || registryproxy.IsNo(err) || !known {
 		return t, err
 	}
-	if _, denied := src.check(ctx, src.digest, true); denied != nil {
+	if _, denied := src.check(ctx, true); denied != nil {
 		return tag{}, err
 	}
 	n.log.Info("registry does not say what a tag is", zap.String("tag", name), zap.Error(err))
@@ -195,7 +200,7 @@ func (n *Supernode) lookup(ctx context.Context, name string, src *registrySource
 		m, err = n.manifest(ctx, src.repo, src.digest, nil, src.who)
 	}
 	if err != nil {
-		src.access.Deny(src.kind, src.repo, src.digest, src.who, err)
+		src.access.Deny(src.route(), src.who, err)
 		return tag{}, err
 	}
 	src.proved()

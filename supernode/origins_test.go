@@ -60,6 +60,35 @@ func TestRegistryThatOnlyClaimsABlobOpensNothing(t *testing.T) {
 	require.Equal(t, hexOf(b), hexOf(r.get(http.MethodGet, v2("blobs", d), "Authorization", "Basic good").body))
 }
 
+// A registry says that a tag of its own is somebody else's manifest, and then goes away.
+func TestTagOfAnothersManifestOpensNothing(t *testing.T) {
+	h, evil := newHub(t), newHub(t)
+	manifest := []byte(`{"schemaVersion":2}`)
+	d := h.manifest(t, manifest)
+	h.misbehave(private("Basic good"))
+	evil.misbehave(func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Type", manifestType)
+		w.Header().Set("Content-Length", strconv.Itoa(len(manifest)))
+		w.Header().Set("Docker-Content-Digest", d)
+		return r.Method == http.MethodHead
+	})
+	r := start(t, h, t.TempDir(), func(c *Config) {
+		c.TagFreshness = 0
+		c.Registries.Upstreams = append(c.Registries.Upstreams, registryproxy.Upstream{Name: "other.test", URL: evil.URL})
+	})
+	require.Equal(t, 200, r.get(http.MethodGet, v2("manifests", d), "Authorization", "Basic good").status)
+	const theft = "/v2/demo/app/manifests/v1?ns=other.test"
+	require.NotEqual(t, 200, r.get(http.MethodGet, theft).status)
+	_, noted := r.tags.get("other.test/demo/app:v1")
+	require.True(t, noted)
+
+	evil.misbehave(away)
+	got := r.get(http.MethodGet, theft)
+	require.NotEqual(t, 200, got.status)
+	require.NotContains(t, string(got.body), string(manifest))
+	require.Equal(t, 200, r.get(http.MethodGet, v2("manifests", d), "Authorization", "Basic good").status)
+}
+
 func TestWhatOneRegistryBeganAnotherDoesNotGoOnWith(t *testing.T) {
 	h, evil := newHub(t), newHub(t)
 	b := newBytes(2 << 20)
