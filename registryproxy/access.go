@@ -103,8 +103,8 @@ func (c check) exact() proof {
 // it is final, or what Client returns. While the registry cannot be asked, what
 // anyone could read stays readable, and for as long as its configuration says what
 // the caller could.
-func (a *Access) Check(ctx context.Context, kind Kind, repo Repository, reference string, who Caller, held bool) (Verdict, error) {
-	c := check{Route{kind, repo, reference}, who, held}
+func (a *Access) Check(ctx context.Context, what Route, who Caller, held bool) (Verdict, error) {
+	c := check{what, who, held}
 	was, known := a.remembers(c)
 	if known {
 		var cancel context.CancelFunc
@@ -114,7 +114,7 @@ func (a *Access) Check(ctx context.Context, kind Kind, repo Repository, referenc
 	err := a.find(ctx, c)
 	switch {
 	case err == nil:
-		return Verdict{Public: a.reads(repo, Caller{}) && a.client.IsPublic(repo.Registry, Caller{})}, nil
+		return Verdict{Public: a.reads(c.Repo, Caller{}) && a.client.IsPublic(c.Repo.Registry, Caller{})}, nil
 	case known && !IsNo(err):
 		return was, nil
 	}
@@ -246,17 +246,17 @@ func (a *Access) refused(c check, no *Refusal) {
 
 // Denied returns the registry's own no to who, if it has just wanted other
 // credentials for the same manifest or blob.
-func (a *Access) Denied(kind Kind, repo Repository, reference string, who Caller) error {
-	if no, ok := a.refusals.get(check{Route: Route{kind, repo, reference}, who: who}.exact()); ok && no.denies() {
+func (a *Access) Denied(what Route, who Caller) error {
+	if no, ok := a.refusals.get(check{Route: what, who: who}.exact()); ok && no.denies() {
 		return no
 	}
 	return nil
 }
 
 // Deny remembers err where it is that.
-func (a *Access) Deny(kind Kind, repo Repository, reference string, who Caller, err error) {
+func (a *Access) Deny(what Route, who Caller, err error) {
 	if no, ok := errors.AsType[*Refusal](err); ok && no.denies() {
-		a.refused(check{Route: Route{kind, repo, reference}, who: who}, no)
+		a.refused(check{Route: what, who: who}, no)
 	}
 }
 

@@ -145,7 +145,7 @@ func TestAccess(t *testing.T) {
 				for i, s := range steps {
 					<-time.After(s.wait)
 					before := g.asked.Load()
-					v, err := a.Check(t.Context(), KindBlob, s.repo, s.ref, s.who, s.held)
+					v, err := a.Check(t.Context(), Route{KindBlob, s.repo, s.ref}, s.who, s.held)
 					require.Equal(t, s.asked, g.asked.Load()-before, "requests in step %d", i)
 					require.Equal(t, Verdict{Public: s.public}, v, "step %d", i)
 					if s.status == 0 {
@@ -167,22 +167,22 @@ func TestProved(t *testing.T) {
 		repo, blob := Repository{"reg.test", "private/app"}, digestOf("blob")
 		a.Proved(repo, Caller{"Bearer other"})
 		a.closed.put(repo, struct{}{}, proofLife)
-		v, err := a.Check(t.Context(), KindBlob, repo, blob, Caller{"Bearer other"}, true)
+		v, err := a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{"Bearer other"}, true)
 		require.NoError(t, err)
 		require.Equal(t, Verdict{}, v)
 		require.Zero(t, g.asked.Load())
-		_, err = a.Check(t.Context(), KindBlob, repo, blob, Caller{}, true)
+		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{}, true)
 		_ = refusalOf(t, err)
-		_, err = a.Check(t.Context(), KindBlob, repo, blob, Caller{"Bearer other"}, false)
+		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{"Bearer other"}, false)
 		require.Equal(t, 401, refusalOf(t, err).Status)
 		before := g.asked.Load()
-		_, err = a.Check(t.Context(), KindBlob, repo, blob, Caller{"Bearer other"}, true)
+		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{"Bearer other"}, true)
 		_ = refusalOf(t, err)
 		require.Equal(t, before, g.asked.Load(), "a no ends what was proved")
 
 		a.Proved(repo, Caller{})
 		for _, who := range []Caller{{}, {"Bearer x"}} {
-			v, err = a.Check(t.Context(), KindBlob, repo, blob, who, true)
+			v, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, who, true)
 			require.NoError(t, err)
 			require.True(t, v.Public)
 		}
@@ -214,7 +214,7 @@ func TestProofsEnd(t *testing.T) {
 				a.closed.put(repo, struct{}{}, time.Hour)
 				require.InDelta(t, tt.last, who.Life(time.Now()), float64(time.Second))
 				check := func() error {
-					_, err := a.Check(t.Context(), KindBlob, repo, blob, who, true)
+					_, err := a.Check(t.Context(), Route{KindBlob, repo, blob}, who, true)
 					return err
 				}
 				if tt.last > 0 {
@@ -238,7 +238,7 @@ func TestAccessWhileAway(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				g, a := newGuarded(t, Upstream{Name: "reg.test", ReadersWhenAway: away})
 				check := func(repo Repository, who Caller, held bool) (Verdict, error) {
-					return a.Check(t.Context(), KindBlob, repo, blob, who, held)
+					return a.Check(t.Context(), Route{KindBlob, repo, blob}, who, held)
 				}
 				soon := Caller{jwt(time.Now().Add(10 * time.Minute))}
 				a.Proved(closed, soon)
@@ -292,16 +292,16 @@ func TestAccessKeepsTheLastWord(t *testing.T) {
 		a.ledger.SetPublic(repo, true) // as it was
 		g.slow.Store(true)
 		start := time.Now()
-		v, err := a.Check(t.Context(), KindBlob, repo, blob, Caller{}, true)
+		v, err := a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{}, true)
 		require.NoError(t, err)
 		require.True(t, v.Away)
 		require.LessOrEqual(t, time.Since(start), awayAfter)
 		g.slow.Store(false)
-		_, err = a.Check(t.Context(), KindBlob, repo, blob, Caller{"Bearer good"}, true)
+		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{"Bearer good"}, true)
 		require.NoError(t, err)
 		g.down.Store(true)
 		<-time.After(6 * time.Minute)
-		_, err = a.Check(t.Context(), KindBlob, repo, blob, Caller{}, true)
+		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{}, true)
 		require.Error(t, err)
 	})
 }
@@ -312,14 +312,14 @@ func TestAccessInTrouble(t *testing.T) {
 		g, a := newGuarded(t)
 		g.down.Store(true)
 		repo, blob := Repository{"reg.test", "library/app"}, digestOf("blob")
-		_, err := a.Check(t.Context(), KindBlob, repo, blob, Caller{}, true)
+		_, err := a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{}, true)
 		require.True(t, IsTemporary(err))
 		g.down.Store(false)
-		_, err = a.Check(t.Context(), KindBlob, repo, blob, Caller{}, true)
+		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{}, true)
 		require.NoError(t, err)
-		_, err = a.Check(t.Context(), KindBlob, Repository{"nowhere.test", "app"}, blob, Caller{}, true)
+		_, err = a.Check(t.Context(), Route{KindBlob, Repository{"nowhere.test", "app"}, blob}, Caller{}, true)
 		require.True(t, IsTemporary(err))
-		_, err = a.Check(t.Context(), KindTags, Repository{"reg.test", "private/app"}, "", Caller{"x"}, true)
+		_, err = a.Check(t.Context(), Route{KindTags, Repository{"reg.test", "private/app"}, ""}, Caller{"x"}, true)
 		_ = refusalOf(t, err)
 	})
 }
@@ -342,7 +342,7 @@ func TestAccessIsShared(t *testing.T) {
 				ctx = short
 			}
 			wg.Go(func() {
-				_, err := a.Check(ctx, KindBlob, repo, refs[i%3], Caller{"Bearer good"}, true)
+				_, err := a.Check(ctx, Route{KindBlob, repo, refs[i%3]}, Caller{"Bearer good"}, true)
 				if i%3 == 0 {
 					require.ErrorIs(t, err, context.DeadlineExceeded)
 				} else {
@@ -392,7 +392,7 @@ func TestAccessOfACrowd(t *testing.T) {
 				}
 				for _, ref := range refs {
 					wg.Go(func() {
-						_, err := a.Check(t.Context(), KindBlob, repo, ref, who, held)
+						_, err := a.Check(t.Context(), Route{KindBlob, repo, ref}, who, held)
 						if status == 0 && ref != sha256a {
 							require.NoError(t, err)
 						} else {
@@ -429,7 +429,7 @@ func TestAccessBehindSignedURLs(t *testing.T) {
 			http.Redirect(w, r, "https://store.test/b/"+digestOf("blob")+"?signature=s3cr3t", http.StatusTemporaryRedirect)
 		})
 		c := net.client(Config{})
-		v, err := newAccess(c.Client).Check(t.Context(), KindBlob, public, digestOf("blob"), Caller{}, false)
+		v, err := newAccess(c.Client).Check(t.Context(), Route{KindBlob, public, digestOf("blob")}, Caller{}, false)
 		require.NoError(t, err)
 		require.True(t, v.Public)
 		require.Zero(t, c.received(KindBlob))
@@ -450,7 +450,7 @@ func TestAccessIsBounded(t *testing.T) {
 		}
 		require.LessOrEqual(t, len(a.readers.entries), maxReaders)
 		for i := range maxRefusals + 10 {
-			_, err := a.Check(t.Context(), KindBlob, public, "sha256:"+strings.Repeat("0", 64-8)+fmt.Sprintf("%08x", i), Caller{}, false)
+			_, err := a.Check(t.Context(), Route{KindBlob, public, "sha256:" + strings.Repeat("0", 64-8) + fmt.Sprintf("%08x", i)}, Caller{}, false)
 			require.Error(t, err)
 		}
 		require.LessOrEqual(t, len(a.refusals.entries), maxRefusals)

@@ -164,7 +164,7 @@ func TestAccessByConfiguredCredentials(t *testing.T) {
 		c := net.client(Config{Upstreams: []Upstream{{Name: "reg.test", Readers: ReadersRegion, Credentials: Credentials{Username: "bob", PasswordFile: path}}}})
 		a := newAccess(c.Client)
 		for _, who := range []Caller{{alice}, {}} { // all the region reads
-			v, err := a.Check(t.Context(), KindManifest, public, digestOf("{}"), who, true)
+			v, err := a.Check(t.Context(), Route{KindManifest, public, digestOf("{}")}, who, true)
 			require.NoError(t, err)
 			require.Equal(t, Verdict{}, v)
 		}

@@ -409,7 +409,7 @@ func TestNothingLeaks(t *testing.T) {
 					errs = append(errs, err)
 					_ = b.Close()
 				}
-				_, err = newAccess(c.Client).Check(t.Context(), KindBlob, repo, sha256a, who, false)
+				_, err = newAccess(c.Client).Check(t.Context(), Route{KindBlob, repo, sha256a}, who, false)
 				errs = append(errs, err)
 				for _, err := range errs {
 					fmt.Fprintf(&said, "%v %+v %q\n", err, err, err)

@@ -99,13 +99,17 @@ func (s *registrySource) open(ctx context.Context, off, length int64) (*body, er
 	if off > 0 {
 		return s.read(ctx, off, length)
 	}
-	err := s.access.Denied(s.kind, s.repo, s.digest, s.who)
+	err := s.access.Denied(s.route(), s.who)
 	if err != nil {
 		return nil, err
 	}
 	b, err := s.read(ctx, off, length)
-	s.access.Deny(s.kind, s.repo, s.digest, s.who, err)
+	s.access.Deny(s.route(), s.who, err)
 	return b, err
+}
+
+func (s *registrySource) route() registryproxy.Route {
+	return registryproxy.Route{Kind: s.kind, Repo: s.repo, Reference: s.digest}
 }
 
 // read asks the registry.
@@ -163,17 +167,17 @@ func (r registries) manifest(ctx context.Context, repo registryproxy.Repository,
 // repository, and whether that holds c.
 func (s *registrySource) allowed(ctx context.Context, c *pieces.Content) (bool, error) {
 	held := slices.Contains(c.Meta().Origins, s.name())
-	public, err := s.check(ctx, s.digest, held || s.named)
+	public, err := s.check(ctx, held || s.named)
 	if err == nil && !held {
 		_ = c.AddOrigin(s.name()) // else it is asked again
 	}
 	return public, err
 }
 
-// check asks the registry whether the caller may read a reference, which the
-// repository is known to hold or not.
-func (s *registrySource) check(ctx context.Context, reference string, held bool) (bool, error) {
-	v, err := s.access.Check(ctx, s.kind, s.repo, reference, s.who, held)
+// check asks the registry whether the caller may read it, which the repository is
+// known to hold or not.
+func (s *registrySource) check(ctx context.Context, held bool) (public bool, err error) {
+	v, err := s.access.Check(ctx, s.route(), s.who, held)
 	s.away = s.away || v.Away
 	return v.Public, err
 }
