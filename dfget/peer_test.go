@@ -573,9 +573,10 @@ func TestTooManyTransfers(t *testing.T) {
 }
 
 func TestHandler(t *testing.T) {
-	b := newBlob(1 << 20)
+	b, whole := newBlob(1<<20), newBlob(1000)
 	n, h := loopback(t, PeerConfig{UpLanes: 1}, nil, nil)
 	fill(t, h, b, 3)
+	fill(t, h, whole, 1)
 	_, forged, err := ed25519.GenerateKey(nil)
 	require.NoError(t, err)
 	sign := func(key ed25519.PrivateKey, id pieces.TaskID, life time.Duration) string {
@@ -615,8 +616,8 @@ func TestHandler(t *testing.T) {
 		{"ticket of another", "GET", path, n.ticket(newBlob(1).id), "bytes=0-0", 401},
 		{"a good one elsewhere", "GET", api.ContentPath(newBlob(1).id), good, "bytes=0-0", 401},
 		{"past the end", "GET", path, good, "bytes=1048576-", 416},
-		{"two ranges", "HEAD", path, good, "bytes=0-1,4-5", 200},
-		{"suffix", "HEAD", path, good, "bytes=-5", 206},
+		{"two ranges", "HEAD", api.ContentPath(whole.id), n.ticket(whole.id), "bytes=0-1,4-5", 200},
+		{"suffix", "HEAD", api.ContentPath(whole.id), n.ticket(whole.id), "bytes=-5", 206},
 		{"post", "POST", path, good, "bytes=0-0", 405},
 		{"elsewhere", "GET", "/v1/tasks", good, "", 404},
 	} {
