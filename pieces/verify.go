@@ -39,7 +39,14 @@ func (c *Content) verify(i int) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if right, _ := c.matches(f, i); right {
+	right, _ := c.matches(f, i)
+	if !right {
+		c.disk.Lock() // nothing else is done to it now
+		defer c.disk.Unlock()
+		right, err = c.matches(f, i)
+	}
+	switch {
+	case right:
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if c.have.Has(i) { // else it was dropped meanwhile
@@ -47,33 +54,35 @@ func (c *Content) verify(i int) (bool, error) {
 			c.fresh.Add(i)
 		}
 		return c.have.Has(i), nil
-	}
-	c.disk.Lock()
-	defer c.disk.Unlock()
-	right, err := c.matches(f, i) // nothing else is done to it now
-	if right || errors.Is(err, os.ErrClosed) {
-		return right, err
+	case errors.Is(err, os.ErrClosed):
+		return false, err
 	}
 	c.mu.Lock()
 	wasGood := c.good.Has(i)
 	lost := c.have.Remove(i)
 	c.good.Remove(i)
 	c.fresh.Remove(i)
-	want := c.digests[i]
 	c.mu.Unlock()
 	if !lost {
 		return false, nil
 	}
-	if c.writeEntry(i, true, want) != nil {
-		c.mu.Lock()
-		c.suspect = true
-		c.mu.Unlock()
-	}
+	c.unsure(c.writeEntry(i, true, c.Digest(i)))
 	c.store.lose(c.id, i)
 	if wasGood {
 		c.store.count(func(u *Usage) { u.Rotten++ })
 	}
 	return false, nil
+}
+
+// unsure notes that the record may say wrong things, where err has kept it from
+// being written.
+func (t *task) unsure(err error) {
+	if err == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.suspect = true
 }
 
 // matches reads piece i and tells whether it is there as recorded.
@@ -97,7 +106,7 @@ func (c *Content) matches(f *os.File, i int) (bool, error) {
 // Recheck looks at piece i on the disk, whenever that was done last, and tells
 // whether it is there and right; when it is not, it is there no more.
 func (c *Content) Recheck(i int) bool {
-	if ok, err := c.verified(i); !ok || err != nil {
+	if uint(i) >= uint(c.layout.Count()) {
 		return false
 	}
 	defer c.store.deliver()

@@ -145,11 +145,11 @@ func (c *Content) give(f *os.File, n int64) bool {
 		dropped = append(dropped, i)
 		// A record that still has it is right after a punch that did not happen, and
 		// found wrong after one that did.
-		if c.store.punch(f, c.layout.Offset(i), size) != nil || c.writeEntry(i, true, c.Digest(i)) != nil {
-			c.mu.Lock()
-			c.suspect = true
-			c.mu.Unlock()
+		err := c.store.punch(f, c.layout.Offset(i), size)
+		if err == nil {
+			err = c.writeEntry(i, true, c.Digest(i))
 		}
+		c.unsure(err)
 		n, low = n-size, low-size
 	}
 	if len(dropped) > 0 {
