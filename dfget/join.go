@@ -92,10 +92,11 @@ func (s *Stream) answered() (got answer, cause string, err error) {
 	}
 }
 
+// headerSize is an estimate of how many bytes of a message h takes.
 func headerSize(h map[string][]string) (size int) {
 	for k, vs := range h {
 		for _, v := range vs {
-			size += len(k) + len(v)
+			size += len(k) + len(v) + 8
 		}
 	}
 	return size

@@ -350,17 +350,11 @@ func (p *Peer) joinLocked(s *session, st *Stream) {
 	seq, origin, id := s.seq, s.tells(st.origin), st.task.id
 	s.joins[seq] = st
 	st.task.asked++
-	size := 256
-	for k, vs := range origin.Header {
-		for _, v := range vs {
-			size += len(k) + len(v) + 8
-		}
-	}
 	lazy := st.task.lazy && (st.lazy || st.task.session == s && st.task.content.IsWindow())
 	if st.task.session != s || !lazy { // else it is known
 		s.send(holdMessage(p.store, id))
 	}
-	s.send(message{size: size + len(origin.URL), add: func(u *api.Up) {
+	s.send(message{size: 256 + headerSize(origin.Header) + len(origin.URL), add: func(u *api.Up) {
 		u.Join = append(u.Join, api.Join{Seq: seq, Task: string(id), Origin: origin, Small: true, Lazy: lazy, Size: st.said})
 	}})
 }

@@ -70,7 +70,7 @@ func (s *Stream) await(began time.Time) (cause string, err error) {
 		case !errors.Is(err, context.DeadlineExceeded):
 			return causeStore, nil
 		}
-		if cause := s.p.stalled(s, l, first, began); cause != "" {
+		if cause := s.p.stalled(s, first, began); cause != "" {
 			return cause, nil
 		}
 		s.p.ask(s, first, end)
@@ -79,10 +79,10 @@ func (s *Stream) await(began time.Time) (cause string, err error) {
 
 // stalled tells why s, which has waited for a piece since began, should wait no
 // longer, "" when it should.
-func (p *Peer) stalled(s *Stream, l pieces.Layout, piece int, began time.Time) (cause string) {
+func (p *Peer) stalled(s *Stream, piece int, began time.Time) (cause string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	t, now := s.task, time.Now()
+	t, l, now := s.task, s.content.Layout(), time.Now()
 	comes := t.comesInLocked(l, piece, began, now)
 	if t.fetched < l.Offset(piece+1) && !t.sparse {
 		s.excused = t.progress // it is on its way from the origin: to ask there again would not help

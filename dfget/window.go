@@ -1,9 +1,6 @@
 package dfget
 
 import (
-	"errors"
-	"syscall"
-
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -30,8 +27,7 @@ func (p *Peer) narrowLocked(t *task) {
 
 // narrowed makes t one of which a window is kept, when that may help against err.
 func (p *Peer) narrowed(t *task, c *pieces.Content, err error) bool {
-	full := errors.Is(err, pieces.ErrQuota) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
-	if !full || pieces.Window(c.Layout()) == c.Layout().Length {
+	if !pieces.IsFull(err) || pieces.Window(c.Layout()) == c.Layout().Length {
 		return false
 	}
 	p.mu.Lock()

@@ -228,6 +228,10 @@ func (s *Store) retried(n int64, write func() error) error {
 	return err
 }
 
+// IsFull tells whether err says that there is no room: below the quota, or on the
+// disk.
+func IsFull(err error) bool { return errors.Is(err, ErrQuota) || isFull(err) }
+
 // isFull tells whether the disk takes no more.
 func isFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
