@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -219,6 +220,25 @@ func TestOnlyAHostOpensASession(t *testing.T) {
 	srv.Config.Handler = http.NotFoundHandler()
 	_, err := Dial(t.Context(), srv.Client(), srv.URL)
 	require.ErrorContains(t, err, "404")
+}
+
+// Where one side alone has TLS the host says what to do.
+func TestDialAdvises(t *testing.T) {
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
+	secure := httptest.NewUnstartedServer(http.NotFoundHandler())
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	secure.StartTLS()
+	defer secure.Close()
+	client := &http.Client{Transport: &http.Transport{}}
+	for base, says := range map[string]string{
+		strings.Replace(plain.URL, "http", "https", 1):  "give the supernode --tls or --ca",
+		strings.Replace(secure.URL, "https", "http", 1): "give --tls or --join-token here",
+		secure.URL: "--tls or --join-token must name",
+	} {
+		_, err := Dial(t.Context(), client, base)
+		require.ErrorContains(t, err, says)
+	}
 }
 
 func TestKeepAliveNoticesSilence(t *testing.T) {

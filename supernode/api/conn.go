@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -85,16 +86,31 @@ func Dial(ctx context.Context, client *http.Client, base string) (*Conn[Down, Up
 	req.Header.Set("Upgrade", protocol)
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("open session with %s: %w", base, err)
+		return nil, fmt.Errorf("open session with %s: %w", base, advised(err))
 	}
 	rw, ok := resp.Body.(io.ReadWriteCloser)
 	if resp.StatusCode != http.StatusSwitchingProtocols || !ok {
 		_ = resp.Body.Close()
-		return nil, fmt.Errorf("open session with %s: it answers %s", base, resp.Status)
+		err = fmt.Errorf("open session with %s: it answers %s", base, resp.Status)
+		if resp.StatusCode == http.StatusBadRequest && req.URL.Scheme == "http" { // so net/http answers plain HTTP at a port for TLS
+			err = fmt.Errorf("%w: where it has TLS, give --tls or --join-token here, too", err)
+		}
+		return nil, err
 	}
 	c := &Conn[Down, Up]{rw: rw, turn: make(chan struct{}, 1)}
 	c.in = bufio.NewReader(heard{rw, &c.reads})
 	return c, nil
+}
+
+// advised adds to err what to do where one side alone has TLS.
+func advised(err error) error {
+	if errors.Is(err, http.ErrSchemeMismatch) {
+		return fmt.Errorf("%w: give the supernode --tls or --ca, too", err)
+	}
+	if _, unknown := errors.AsType[x509.UnknownAuthorityError](err); unknown {
+		return fmt.Errorf("%w: --tls or --join-token must name the supernode's", err)
+	}
+	return err
 }
 
 // Accept turns a request for SessionPath into the supernode's end of a session.

@@ -360,6 +360,11 @@ func TestJoinIsPinned(t *testing.T) {
 	require.NoError(t, j.loadKey())
 	require.ErrorContains(t, j.join(t.Context()), "not a supernode of the join token's authority")
 	require.NotEqual(t, host.ID, token.ID)
+
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
+	j.supernodes = []string{Secure(plain.URL)}
+	require.ErrorContains(t, j.join(t.Context()), "give the supernode --ca")
 }
 
 func TestParseToken(t *testing.T) {

@@ -244,6 +244,9 @@ func (j *joiner) ask(ctx context.Context, token Token, base string) (*material, 
 	transport := &http.Transport{TLSClientConfig: j.pinned(token), DialContext: (&net.Dialer{Timeout: joinTimeout}).DialContext}
 	defer transport.CloseIdleConnections()
 	resp, err := transport.RoundTrip(req)
+	if _, plain := errors.AsType[tls.RecordHeaderError](err); plain {
+		err = fmt.Errorf("%w: give the supernode --ca, too", err)
+	}
 	if err != nil {
 		return nil, err
 	}
