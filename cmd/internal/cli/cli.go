@@ -158,6 +158,12 @@ func (c Command) cobra(ctx context.Context, prefix string, ran *bool) *cobra.Com
 	if cmd.Args == nil {
 		cmd.Args = cobra.NoArgs
 	}
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if e, ok := errors.AsType[*pflag.NotExistError](err); ok && e.GetSpecifiedShortnames() == "" {
+			return fmt.Errorf("%w, the nearest one is --%s", err, nearest(cmd.Flags(), e.GetSpecifiedName()))
+		}
+		return err
+	})
 	cmd.CompletionOptions.HiddenDefaultCmd = true
 	cmd.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	cmd.Flags().SortFlags = false

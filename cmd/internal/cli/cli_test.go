@@ -110,7 +110,7 @@ func TestWrongUsage(t *testing.T) {
 		args []string
 		says []string
 	}{
-		"unknown flag":     {[]string{"--nam", "x"}, []string{"--nam", "tool --help"}},
+		"unknown flag":     {[]string{"--nam", "x"}, []string{"--nam", "nearest one is --name", "tool --help"}},
 		"argument":         {[]string{"serve"}, []string{"serve"}},
 		"malformed flag":   {[]string{"--wait", "5"}, []string{"wait"}},
 		"size":             {[]string{"--size", "10 potatoes"}, []string{"size", "GiB"}},
