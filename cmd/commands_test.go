@@ -187,7 +187,13 @@ func TestSecondProcess(t *testing.T) {
 	start(t, "supernode", "address", centre(dir)...)
 	code, says = fail(t, nil, "supernode", centre(dir)...)
 	require.Equal(t, 1, code, says)
-	require.Contains(t, says, "in use by another process")
+	require.Contains(t, says, "in use by another process: give each supernode a --data-dir")
+}
+
+func TestNoAuthority(t *testing.T) {
+	code, says := fail(t, nil, "supernode", centre(t.TempDir(), "--ca", t.TempDir())...)
+	require.Equal(t, 1, code, says)
+	require.Contains(t, says, "make an authority there by `supernode ca`")
 }
 
 func TestEnds(t *testing.T) {

@@ -3,7 +3,9 @@ package supernode
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -25,6 +27,9 @@ func (n *Supernode) openIdentity() (err error) {
 	case n.cfg.CA != "":
 		if n.ca, err = identity.OpenCA(n.cfg.CA); err == nil {
 			n.guard.Source, err = n.ca.Source(n.cfg.names(), n.log)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: make an authority there by `supernode ca`", err)
 		}
 	case n.cfg.TLS != "":
 		n.guard.Source, err = identity.FromDir(n.cfg.TLS, n.log)

@@ -73,6 +73,9 @@ func New(cfg Config, log *zap.Logger, reg Registry) (*Supernode, error) {
 		Quota: cfg.Quota, KeepFree: cfg.KeepFree,
 		OnLost: func(id pieces.TaskID, lost []int) { n.region.lost(id, lost...) },
 	})
+	if errors.Is(err, pieces.ErrLocked) {
+		err = fmt.Errorf("%w: give each supernode a --data-dir of its own", err)
+	}
 	if err != nil {
 		return nil, err
 	}
