@@ -306,6 +306,29 @@ func TestFloodOfJoins(t *testing.T) {
 	require.Less(t, h.times(""), joins)
 }
 
+// What a host may say is counted by what it takes to act on it.
+func TestFloodOfWants(t *testing.T) {
+	h := newHub(t)
+	d := h.blob(t, newBytes(2<<20))
+	r := start(t, h, t.TempDir(), nil)
+	host, other := dial(t, r, "flood"), dial(t, r, "other")
+	k, no := host.join(d, from(""))
+	require.Nil(t, no)
+	wants := make([]api.Want, 1000)
+	for i := range wants {
+		wants[i] = api.Want{Task: k.Num, Count: api.MaxWanted}
+	}
+	require.Greater(t, items(&api.Up{Want: wants}), itemsAtOnce)
+	require.Less(t, items(&api.Up{Want: wants[:100]}), itemsAtOnce)
+	require.NoError(t, host.conn.Write(t.Context(), api.Up{Want: wants[:100]}))
+	require.NotEmpty(t, host.content(d), "that much is no flood")
+	require.NoError(t, host.conn.Write(t.Context(), api.Up{Want: wants}))
+	<-host.gone
+	_, no = other.join(d, from(""))
+	require.Nil(t, no)
+	require.NotEmpty(t, other.content(d))
+}
+
 func TestQuietHostIsTalkedToAndASilentOneGivenUp(t *testing.T) {
 	r := start(t, newHub(t), t.TempDir(), nil)
 	conn, err := api.Dial(t.Context(), http.DefaultClient, r.url)

@@ -51,6 +51,7 @@ var (
 	errStopping = errors.New("the supernode is shutting down")
 	errDropped  = errors.New("the content was dropped meanwhile; ask again")
 	errTooMany  = errors.New("too many joins at once")
+	errFlood    = errors.New("more at once than a host may say")
 )
 
 // session is the connection with one host.
@@ -242,14 +243,11 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 		if err != nil {
 			return err
 		}
-		n := 1 + len(up.Join) + len(up.Want) + len(up.Done) + len(up.Soon) + len(up.Failed) + len(up.Leave)
-		for _, w := range up.Want {
-			n += len(w.More)
+		n := items(&up)
+		if n > itemsAtOnce {
+			return errFlood
 		}
-		for _, h := range up.Hold {
-			n += 1 + len(h.Have)/16
-		}
-		if err := limit.WaitN(ctx, min(n, itemsAtOnce)); err != nil {
+		if err := limit.WaitN(ctx, n); err != nil {
 			return err
 		}
 		joins := up.Join
@@ -270,6 +268,21 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 			}
 		}
 	}
+}
+
+// items is what a batch counts for: what it takes the region to act on it.
+func items(up *api.Up) int {
+	n := 1 + len(up.Join) + len(up.Done) + len(up.Soon) + len(up.Failed) + len(up.Leave)
+	for _, w := range up.Want {
+		n += 1 + len(w.More)
+		for _, r := range w.Runs(pieces.MaxPieces) {
+			n += r.Count / 4
+		}
+	}
+	for _, h := range up.Hold {
+		n += 1 + len(h.Have)/16
+	}
+	return n
 }
 
 // write sends what is queued in batches, until nothing is left.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -14,6 +15,7 @@ import (
 const (
 	spansAtOnce = 8       // requests for ranges of one content under way
 	spanBytes   = 4 << 20 // of one request, or one piece where that is more
+	maxStale    = 1 << 12 // pieces in a queue, beyond as many as are wanted, that are wanted no longer
 )
 
 // errIdle ends a sparse fetch that nobody wants anything of any more.
@@ -67,6 +69,20 @@ func (d *demand) unwant(pieces ...int) {
 	for _, i := range pieces {
 		delete(d.wanted, i)
 	}
+	if len(d.queue) > 2*len(d.wanted)+maxStale {
+		d.tidy()
+	}
+}
+
+// tidy takes out of the queue what is no longer wanted, or stands there twice.
+func (d *demand) tidy() {
+	kept := make(map[int]struct{}, len(d.wanted))
+	d.queue = slices.DeleteFunc(d.queue, func(i int) bool {
+		_, wanted := d.wanted[i]
+		_, twice := kept[i]
+		kept[i] = struct{}{}
+		return !wanted || twice
+	})
 }
 
 // wantAll asks for all pieces, in order.

@@ -158,6 +158,28 @@ func TestDemandClaimsOnce(t *testing.T) {
 }
 
 // An origin that gives no ranges is read in order, and who waits is told the end.
+// What is wanted and no longer, again and again, is not kept.
+func TestDemandKeepsNoMoreThanIsWanted(t *testing.T) {
+	d := newDemand(nil)
+	layout := pieces.NewRangedLayout(1 << 30)
+	d.begin(pieces.NewSet(layout.Count()))
+	d.want(5, 3)
+	for range 3 * maxStale {
+		d.want(100, 101)
+		d.unwant(100, 101)
+		d.want(7)
+		d.unwant(7)
+	}
+	d.want(7)
+	require.LessOrEqual(t, len(d.queue), 2*len(d.wanted)+maxStale+1)
+	for _, want := range []int{5, 3, 7} {
+		first, n, err := d.next(layout)
+		require.NoError(t, err)
+		require.Equal(t, []int{want, 1}, []int{first, n})
+	}
+	require.Empty(t, d.wanted)
+}
+
 func TestDemandWithoutRanges(t *testing.T) {
 	l := pieces.Layout{Length: 10 * pieces.LeastPieceSize, PieceSize: pieces.LeastPieceSize}
 	d := newDemand(nil)
