@@ -63,8 +63,8 @@ func (l login) basic() string {
 type logins struct {
 	host     string // a canonical registry name
 	user     string
-	password *file[string]
-	docker   *file[dockerConfig]
+	password *File[string]
+	docker   *File[dockerConfig]
 	helper   string        // of the configuration itself
 	patience time.Duration // with a helper
 
@@ -79,20 +79,18 @@ type helped struct {
 }
 
 // newLogins reads what c names once, so that a wrong name is known at the start.
-func newLogins(host string, c Credentials) (*logins, error) {
+func newLogins(host string, c Credentials) (l *logins, err error) {
 	if c == (Credentials{}) {
 		return nil, nil //nolint:nilnil // nothing is configured
 	}
-	l := &logins{host: host, user: c.Username, helper: c.Helper, patience: helperTime, said: newMemo[string, helped](maxHelpers, time.Now)}
+	l = &logins{host: host, user: c.Username, helper: c.Helper, patience: helperTime, said: newMemo[string, helped](maxHelpers, time.Now)}
 	switch {
 	case c.PasswordFile != "":
-		l.password = &file[string]{path: c.PasswordFile, parse: parsePassword}
-		if _, err := l.password.get(); err != nil {
+		if l.password, err = OpenFile(c.PasswordFile, parsePassword); err != nil {
 			return nil, fmt.Errorf("password-file: %w", err)
 		}
 	case c.DockerConfig != "":
-		l.docker = &file[dockerConfig]{path: c.DockerConfig, parse: parseDockerConfig}
-		if _, err := l.docker.get(); err != nil {
+		if l.docker, err = OpenFile(c.DockerConfig, parseDockerConfig); err != nil {
 			return nil, fmt.Errorf("docker-config: %w", err)
 		}
 	default:
@@ -118,7 +116,7 @@ func (l *logins) get(ctx context.Context) (login, error) {
 	case l == nil:
 		return login{}, nil
 	case l.password != nil:
-		password, err := l.password.get()
+		password, err := l.password.Get()
 		if password == "" {
 			return login{}, err
 		}
@@ -126,7 +124,7 @@ func (l *logins) get(ctx context.Context) (login, error) {
 	case l.docker == nil:
 		return l.ask(ctx, l.helper)
 	}
-	cfg, err := l.docker.get()
+	cfg, err := l.docker.Get()
 	if helper := cmp.Or(cfg.helpers[l.host], cfg.store); helper != "" {
 		who, helperErr := l.ask(ctx, helper)
 		if who != (login{}) || helperErr != nil {

@@ -28,20 +28,27 @@ func readFile(path string) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// file is what a file says, read again when the file has changed.
-type file[T any] struct {
+// File is what a small file says, read again when the file has changed.
+type File[T any] struct {
 	path  string
-	parse func([]byte) (T, error) // its error quotes nothing of the file
+	parse func([]byte) (T, error)
 
 	mu    sync.Mutex // guards what follows
 	seen  os.FileInfo
 	value T
 }
 
-// get returns what the file says. Where that cannot be read the error says so
-// once for each change of the file, and the value is that of before; where the
-// file is gone, or was never right, there is none.
-func (f *file[T]) get() (T, error) {
+// OpenFile reads a file of at most 1 MiB by parse, whose error quotes nothing of it.
+func OpenFile[T any](path string, parse func([]byte) (T, error)) (*File[T], error) {
+	f := &File[T]{path: path, parse: parse}
+	_, err := f.Get()
+	return f, err
+}
+
+// Get returns what the file says, and with an error what it said before, but
+// nothing where it is gone or was never right. That its words are wrong is an
+// error once for each change; that it cannot be read, each time.
+func (f *File[T]) Get() (T, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	info, err := os.Stat(f.path)
@@ -65,17 +72,3 @@ func (f *file[T]) get() (T, error) {
 	f.value = v
 	return v, nil
 }
-
-// File is a small file whose contents are read again when it changes.
-type File[T any] struct{ file[T] }
-
-// OpenFile reads a file by parse, whose error quotes nothing of it.
-func OpenFile[T any](path string, parse func([]byte) (T, error)) (*File[T], error) {
-	f := &File[T]{}
-	f.path, f.parse = path, parse
-	_, err := f.get()
-	return f, err
-}
-
-// Get returns what the file says; with an error, what it said before.
-func (f *File[T]) Get() (T, error) { return f.get() }

@@ -201,9 +201,7 @@ func (t TLS) config() (*tls.Config, error) {
 	if t.ClientCert == "" {
 		return cfg, nil
 	}
-	var pair file[*tls.Certificate]
-	pair.path = t.ClientCert
-	pair.parse = func(cert []byte) (*tls.Certificate, error) {
+	pair, err := OpenFile(t.ClientCert, func(cert []byte) (*tls.Certificate, error) {
 		key, err := readFile(t.ClientKey)
 		if err != nil {
 			return nil, err
@@ -213,12 +211,12 @@ func (t TLS) config() (*tls.Config, error) {
 			return nil, errors.New("they are not a certificate and its key, both in PEM")
 		}
 		return &c, nil
-	}
-	if _, err := pair.get(); err != nil {
+	})
+	if err != nil {
 		return nil, fmt.Errorf("client-cert and client-key: %w", err)
 	}
 	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		c, err := pair.get()
+		c, err := pair.Get()
 		if c != nil {
 			return c, nil // that of before, where the new one cannot be read
 		}

@@ -13,7 +13,7 @@ import (
 // Users are those of a file of lines NAME:HASH with bcrypt's hashes, as
 // "htpasswd -nB NAME" writes them. It is read again when it changes.
 type Users struct {
-	file file[map[string][]byte]
+	file *File[map[string][]byte]
 
 	mu    sync.Mutex // one password is hashed at a time; guards known
 	known map[string]knownUser
@@ -27,12 +27,11 @@ type knownUser struct {
 
 // LoadUsers reads a file of users.
 func LoadUsers(path string) (*Users, error) {
-	u := &Users{known: map[string]knownUser{}}
-	u.file.path, u.file.parse = path, parseUsers
-	if _, err := u.file.get(); err != nil {
+	file, err := OpenFile(path, parseUsers)
+	if err != nil {
 		return nil, err
 	}
-	return u, nil
+	return &Users{file: file, known: map[string]knownUser{}}, nil
 }
 
 func parseUsers(b []byte) (map[string][]byte, error) {
@@ -58,7 +57,7 @@ func parseUsers(b []byte) (map[string][]byte, error) {
 
 // Allow tells whether a name and a password are those of a user.
 func (u *Users) Allow(name, password string) bool {
-	users, _ := u.file.get() // where it cannot be read, those of before
+	users, _ := u.file.Get() // where it cannot be read, those of before
 	hash, ok := users[name]
 	if !ok || len(password) > 72 { // what bcrypt looks at
 		return false
