@@ -51,6 +51,7 @@ type event struct {
 func newRegion(cfg Config, log *zap.Logger, m *metrics) *region {
 	policy := scheduler.DefaultConfig()
 	policy.CrossOnce = cfg.CrossOnce
+	policy.Report = 2 * api.DoneWithin // as long again for the way
 	return &region{
 		cfg: cfg, log: log, metrics: m,
 		events: make(chan event, 1024),
