@@ -13,16 +13,20 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
+	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/sync/errgroup"
 
 	"damselfly.dev/httprange"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
+	"damselfly.dev/supernode/api/identity"
 )
 
 // complete tells whether the host has all of b, for good.
@@ -746,6 +750,31 @@ func TestWrongSupernodes(t *testing.T) {
 			require.Equal(t, good.URL, base)
 		})
 	}
+}
+
+// Before the first certificate nothing is warned of here, so that what fails after it is.
+func TestSessionAwaitsCertificate(t *testing.T) {
+	ca, err := identity.CreateCA(t.TempDir())
+	require.NoError(t, err)
+	token, err := ca.AddToken(0)
+	require.NoError(t, err)
+	file := filepath.Join(t.TempDir(), "token")
+	require.NoError(t, os.WriteFile(file, []byte(token.Text()), 0o600))
+	store, err := pieces.OpenStore(t.TempDir(), pieces.StoreConfig{})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, store.Close()) }()
+	synctest.Test(t, func(t *testing.T) {
+		core, logs := observer.New(zap.WarnLevel)
+		cfg := PeerConfig{Supernodes: []string{"https://127.0.0.1:1"}}
+		cfg.Identity, err = identity.ForHost("", file, t.TempDir(), cfg.Supernodes, zap.New(core))
+		require.NoError(t, err)
+		p, err := NewPeer(cfg, store, zap.New(core), prometheus.NewRegistry())
+		require.NoError(t, err)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // nobody asks for the certificate meanwhile
+		defer cancel()
+		require.Error(t, p.keepSession(ctx))
+		require.Empty(t, logs.All())
+	})
 }
 
 func TestWrongConfig(t *testing.T) {

@@ -135,10 +135,10 @@ func (p *Peer) keepSession(ctx context.Context) error {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			if stood || !warned[base] { // not again for every attempt
+			if (stood || !warned[base]) && !errors.Is(err, identity.ErrNone) { // not again for every attempt
 				p.log.Warn("no session with the supernode", zap.String("supernode", base), zap.Error(err))
+				warned[base] = true
 			}
-			warned[base] = true
 			if time.Since(began) > maxBackOff {
 				pause = minBackOff
 			}

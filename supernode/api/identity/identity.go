@@ -26,10 +26,11 @@ const SupernodeURI = "damselfly://supernode"
 // maxName bounds an identity, in bytes.
 const maxName = 256
 
-var (
-	errNone  = errors.New("no certificate of the region yet")
-	errShown = errors.New("it shows no certificate")
-)
+// ErrNone is why nothing connects before the first certificate has come; why it
+// does not come the Source says itself.
+var ErrNone = errors.New("no certificate of the region yet")
+
+var errShown = errors.New("it shows no certificate")
 
 // Source has the certificate and the authorities of the moment. All connections
 // made from it are of TLS 1.3 at least.
@@ -88,7 +89,7 @@ func (s *Source) current() (*material, error) {
 		s.log.Info("certificate taken up", zap.String("identity", nameOf(m.cert.Leaf)), zap.Time("until", m.cert.Leaf.NotAfter))
 	}
 	if s.now == nil {
-		return nil, errNone
+		return nil, ErrNone
 	}
 	return s.now, nil
 }

@@ -306,7 +306,7 @@ func TestJoin(t *testing.T) {
 	}
 	s, _ := joined(data)
 	_, err = s.Peer()
-	require.ErrorIs(t, err, errNone)
+	require.ErrorIs(t, err, ErrNone)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error)
 	go func() { ended <- s.Run(ctx) }()
