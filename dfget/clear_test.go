@@ -28,8 +28,9 @@ func TestInClear(t *testing.T) {
 		return api.Origin{Registry: "r.example", Repository: "a/b", Header: header}
 	}
 	url := api.Origin{URL: "http://web.example/a"}
-	signed, personal, plain := url, url, url
+	signed, asking, personal, plain := url, url, url, url
 	signed.Ignore = []string{"X-Sig"}
+	asking.URL += "?token=secret"
 	personal.Header = map[string][]string{"Cookie": {"secret"}}
 	plain.Header = map[string][]string{"User-Agent": {"test"}}
 	for name, c := range map[string]struct {
@@ -47,6 +48,7 @@ func TestInClear(t *testing.T) {
 		"image of the region":              {registry(nil), refuse(api.Refused{Clear: true}), 1, 1, false, false},
 		"plain URL":                        {plain, serving(b, ""), 1, 0, false, true},
 		"signed URL":                       {signed, serving(b, ""), 0, 1, false, false},
+		"URL with a query":                 {asking, serving(b, ""), 0, 1, false, false},
 		"URL with a cookie":                {personal, serving(b, ""), 0, 1, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -341,7 +341,7 @@ func (s *session) hides(o api.Origin) bool {
 			return true
 		}
 	}
-	return len(o.Ignore) > 0 // it is signed
+	return len(o.Ignore) > 0 || strings.Contains(o.URL, "?") // it is signed, or may be
 }
 
 // joinLocked asks for st's task on its behalf.
