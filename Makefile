@@ -23,7 +23,8 @@ lint: ## formatting, layering and the linters
 	$(TOOL) golangci-lint run ./...
 
 unit: ## all that needs no root: unit tests, the region in one process
-	$(GO) test -race -tags $(TAGS) -count=1 -timeout 10m $$($(GO) list ./... | grep -v -e /test/lab -e /test/engines -e /test/demo -e /test/load -e /test/bench)
+	$(GO) test -race -tags $(TAGS) -count=1 -timeout 10m $$($(GO) list ./... | grep -v -e /test/lab -e /test/engines -e /test/demo -e /test/load -e /test/bench -e /test/region)
+	$(GO) test -race -tags $(TAGS) -count=1 -timeout 15m ./test/region
 
 lab: build ## tests on network namespaces with shaped links (root)
 	$(GO) test -p 1 -race -tags $(TAGS) -count=1 -timeout 15m ./test/lab/... ./test/demo/... ./test/bench/... ./test/load/...
