@@ -54,7 +54,7 @@ func (n Networks) must() []netip.Prefix {
 var (
 	private = PrivateNetworks().must()
 	// reserved is what else nobody on the Internet has.
-	reserved = Networks{"0.0.0.0/8", "192.0.0.0/24", "198.18.0.0/15", "240.0.0.0/4", "::/96", "64:ff9b:1::/48", "fec0::/10"}.must()
+	reserved = Networks{"0.0.0.0/8", "192.0.0.0/24", "198.18.0.0/15", "240.0.0.0/4", "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "fec0::/10"}.must()
 	wraps4   = Networks{"64:ff9b::/96", "2002::/16"}.must() // NAT64 and 6to4
 )
 

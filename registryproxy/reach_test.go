@@ -27,6 +27,7 @@ func TestAddresses(t *testing.T) {
 		"10.1.2.3": "", "fd12::1": "", "192.0.0.192": "", "169.254.7.1": "", "10.1.0.1": "", "::ffff:10.1.2.3": "",
 		"10.1.0.2": "this machine", "203.0.113.5": "this machine", "2001:db8::5": "this machine", "127.0.0.1": "this machine",
 		"::1": "this machine", "::ffff:127.0.0.1": "this machine", "64:ff9b::7f00:1": "this machine", "2002:7f00:1::": "this machine",
+		"::ffff:0:7f00:1": "no host's",
 		"169.254.169.254": "secrets", "fd00:ec2::254": "secrets", "100.100.100.200": "secrets", "::ffff:a9fe:a9fe": "secrets",
 		"169.254.8.1": "link-local", "fe80::1%eth0": "link-local",
 		"224.0.0.1": "no host's", "ff02::1": "no host's", "255.255.255.255": "no host's", "0.0.0.0": "no host's", "::": "no host's",
