@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -218,7 +219,7 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 		if p, err := strconv.ParseUint(port, 10, 16); err != nil || p == 0 || len(host) > 255 {
 			return nil, errors.New("the advertised address is not host:port")
 		}
-		if a, err := netip.ParseAddr(host); err == nil && !reachable(a.Unmap(), s.remote) {
+		if !reachable(host, s.remote) {
 			return nil, fmt.Errorf("the advertised address %s is none that other hosts reach: name one with --advertise", host)
 		}
 	}
@@ -228,9 +229,17 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 	return h, nil
 }
 
-// reachable tells whether an advertised address may be another machine's: no host
-// is to be sent to what only it may ask.
-func reachable(a netip.Addr, remote string) bool {
+// reachable tells whether an advertised name or address may be another machine's: no
+// host is to be sent to what only it may ask.
+func reachable(host, remote string) bool {
+	if name := strings.ToLower(strings.TrimSuffix(host, ".")); name == "localhost" || strings.HasSuffix(name, ".localhost") {
+		return identity.IsLoopback(remote)
+	}
+	a, err := netip.ParseAddr(host)
+	if err != nil {
+		return true
+	}
+	a = a.Unmap()
 	return !a.IsUnspecified() && !a.IsMulticast() && !a.IsLinkLocalUnicast() && (!a.IsLoopback() || identity.IsLoopback(remote))
 }
 
