@@ -387,7 +387,7 @@ func (v *victim) byMirrors(t *testing.T, d *debian, a attacker, host, centre *no
 			for _, at := range []string{host.url(), centre.url()} {
 				for _, method := range []string{http.MethodGet, http.MethodHead} {
 					for _, span := range []string{"", "bytes=0-99", "bytes=-5"} {
-						got := request(t, http.DefaultClient, method, at+path+"?ns="+registryName, a.authorization, span)
+						got := request(t, secure().client(at), method, at+path+"?ns="+registryName, a.authorization, span)
 						require.Equal(t, own.status, got.status, "%s %s %s", method, at+path, span)
 						require.Equal(t, own.header["Www-Authenticate"], got.header["Www-Authenticate"], "%s %s", method, at+path)
 						if method == http.MethodGet {
@@ -457,7 +457,7 @@ func (v *victim) byOwnRegistry(t *testing.T, a attacker, host, centre *node, evi
 			r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, at+"/v2/org/app"+path+"?ns=evil.test", nil)
 			require.NoError(t, err)
 			r.Header.Set("Authorization", a.authorization)
-			resp, err := http.DefaultClient.Do(r)
+			resp, err := secure().client(at).Do(r)
 			if err != nil {
 				continue
 			}
@@ -503,11 +503,11 @@ func (v *victim) byOwnManifest(t *testing.T, d *debian, host, centre *node) {
 	_ = resp.Body.Close()
 	require.Equal(t, http.StatusCreated, resp.StatusCode)
 	for _, at := range []string{host.url(), centre.url()} {
-		got := request(t, http.DefaultClient, http.MethodGet, at+"/v2/mallory/app/manifests/stolen?ns="+registryName, may, "")
+		got := request(t, secure().client(at), http.MethodGet, at+"/v2/mallory/app/manifests/stolen?ns="+registryName, may, "")
 		require.Equal(t, http.StatusOK, got.status)
 		require.Contains(t, string(got.body), v.layer)
 		for _, span := range []string{"", "bytes=0-99"} {
-			got = request(t, http.DefaultClient, http.MethodGet, at+"/v2/mallory/app/blobs/"+v.layer+"?ns="+registryName, may, span)
+			got = request(t, secure().client(at), http.MethodGet, at+"/v2/mallory/app/blobs/"+v.layer+"?ns="+registryName, may, span)
 			require.Equal(t, http.StatusNotFound, got.status)
 			require.Contains(t, string(got.body), "BLOB_UNKNOWN", "the registry's own words")
 		}
@@ -530,7 +530,7 @@ func TestATokenEnds(t *testing.T) {
 	paths := []string{"/v2/org/app/manifests/v1", "/v2/org/app/manifests/" + v.manifest, "/v2/org/app/blobs/" + v.layer}
 	status := func(base, who string) (all [3]int) {
 		for i, path := range paths {
-			all[i] = request(t, http.DefaultClient, http.MethodGet, base+path+"?ns="+registryName, who, "").status
+			all[i] = request(t, secure().client(base), http.MethodGet, base+path+"?ns="+registryName, who, "").status
 		}
 		return all
 	}

@@ -38,12 +38,14 @@ var secure = sync.OnceValue(func() *shared {
 	must(a.Write(s.dir, certs.Name{DNS: "region.test"}, a))
 	s.Source, err = identity.FromDir(s.dir, zap.NewNop())
 	must(err)
+	s.inside = &http.Client{Transport: s.transport()}
 	return s
 })
 
 type shared struct {
 	*identity.Source
-	dir string
+	dir    string
+	inside *http.Client
 }
 
 func TestMain(m *testing.M) {
@@ -90,7 +92,7 @@ func (s *shared) transport() *http.Transport {
 // client asks what is at base.
 func (s *shared) client(base string) *http.Client {
 	if s != nil && strings.HasPrefix(base, "https://") {
-		return &http.Client{Transport: s.transport()}
+		return s.inside
 	}
 	return http.DefaultClient
 }
