@@ -725,7 +725,7 @@ func TestWrongSupernodes(t *testing.T) {
 			}
 			defer c.CloseNow()
 			_, _ = c.Read(r.Context())
-			_ = c.Write(r.Context(), api.Down{Welcome: &api.Welcome{Version: api.Version + 1, TicketKey: make([]byte, 32)}})
+			_ = c.Write(r.Context(), api.Down{Welcome: &api.Welcome{Version: api.Version + 1, Keys: [][]byte{make([]byte, 32)}}})
 			_, _ = c.Read(r.Context())
 		},
 		"no key": func(w http.ResponseWriter, r *http.Request) {

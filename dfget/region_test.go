@@ -192,7 +192,7 @@ func (n *fakeNode) session(w http.ResponseWriter, r *http.Request) {
 	n.mu.Lock()
 	n.conn = c
 	n.mu.Unlock()
-	welcome := &api.Welcome{Version: api.Version, TicketKey: n.key.Public().(ed25519.PublicKey)}
+	welcome := &api.Welcome{Version: api.Version, Keys: [][]byte{n.key.Public().(ed25519.PublicKey)}}
 	if c.Write(r.Context(), api.Down{Welcome: welcome}) != nil {
 		return
 	}

@@ -212,18 +212,22 @@ func (p *Peer) dial(ctx context.Context, base string) (*session, []ed25519.Publi
 	if err = conn.Write(ctx, api.Up{Hello: &hello}); err == nil {
 		down, err = conn.Read(ctx)
 	}
+	var keys []ed25519.PublicKey
+	if down.Welcome != nil {
+		keys = api.TicketKeys(down.Welcome.Keys)
+	}
 	switch w := down.Welcome; {
 	case err != nil:
 	case w == nil || w.Version != api.Version:
 		err = fmt.Errorf("the supernode at %s speaks another version: use the same one here and there", base)
-	case len(w.TicketKey) != ed25519.PublicKeySize:
+	case len(keys) == 0:
 		err = fmt.Errorf("the supernode at %s sent no key for tickets", base)
 	default:
 		return &session{
 			base: base, sealed: sealed, conn: conn, mu: &p.mu,
 			joins: make(map[uint64]*Stream), nums: make(map[int32]*task), running: make(map[uint64]*transfer),
 			wake: make(chan struct{}, 1),
-		}, append(api.TicketKeys(w.Keys), w.TicketKey), nil
+		}, keys, nil
 	}
 	conn.CloseNow()
 	return nil, nil, err

@@ -145,6 +145,12 @@ func (t *task) doubt() {
 // somebody last looked. When it was written to since and all was there by then,
 // that was not the store: every piece is in doubt.
 func (t *task) seen(f *os.File) {
+	t.mu.Lock()
+	partial := !t.have.Full() && t.stamp == (stamp{})
+	t.mu.Unlock()
+	if partial {
+		return // nothing is compared before all of it is there
+	}
 	info, err := f.Stat()
 	if err != nil {
 		return

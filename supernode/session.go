@@ -170,7 +170,7 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		n.region.hostUp(s, hello)
 		keys := n.keys.wire()
 		s.send(message{size: 192, add: func(b *api.Down) {
-			b.Welcome = &api.Welcome{Version: api.Version, TicketKey: keys[presentKey], Keys: keys}
+			b.Welcome = &api.Welcome{Version: api.Version, Keys: keys}
 		}})
 	})
 	var wg sync.WaitGroup
@@ -338,8 +338,9 @@ func (s *session) join(ctx context.Context, j api.Join) {
 		return
 	}
 	waits, over := context.WithCancel(ctx)
-	time.AfterFunc(askingEvery, func() { s.asking(waits, j.Seq) })
+	slow := time.AfterFunc(askingEvery, func() { s.asking(waits, j.Seq) })
 	l, err := s.node.origin.bring(ctx, id, src, j)
+	slow.Stop() // mostly it has not begun
 	over()
 	if err != nil {
 		s.refuse(j.Seq, err)

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -163,11 +164,14 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 	regionCtx, endRegion := context.WithCancel(context.WithoutCancel(ctx))
 	defer endRegion()
 	go n.region.run(regionCtx)
-	tended := make(chan struct{})
-	go func() {
-		defer close(tended)
-		_ = n.store.Tend(n.ctx, n.cfg.ScrubRate) // its only end is that of the context
-	}()
+	var tended sync.WaitGroup // ends with n.ctx
+	tended.Go(func() { _ = n.store.Tend(n.ctx, n.cfg.ScrubRate) })
+	tended.Go(func() {
+		n.keys.run(n.ctx, func() {
+			keys := n.keys.wire()
+			n.region.do(func() { n.region.tellKeys(keys) })
+		})
+	})
 	served := make(chan error, 1)
 	errorLog, err := zap.NewStdLogAt(n.log, zap.DebugLevel)
 	if err != nil {
@@ -178,10 +182,6 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 		ErrorLog: errorLog, // what clients do to their connections
 	}
 	(&api.Gate{All: maxConnections, Each: n.cfg.AddressConnections}).Guard(srv, n.metrics.refused.Inc)
-	go n.keys.run(regionCtx, func() {
-		keys := n.keys.wire()
-		n.region.do(func() { n.region.tellKeys(keys) })
-	})
 	if ln != nil && n.guard.Source != nil {
 		ln = tls.NewListener(ln, n.guard.Source.Server(false))
 	}
@@ -201,9 +201,9 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 		_ = srv.Close() // some reader takes too long
 	}
 	n.origin.wg.Wait()
+	tended.Wait()
 	endRegion()
 	<-n.region.ended
-	<-tended
 	return errors.Join(err, n.close())
 }
 

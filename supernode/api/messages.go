@@ -63,12 +63,11 @@ type Hello struct {
 
 // Welcome accepts a host.
 type Welcome struct {
-	Version   int    `cbor:"1,keyasint"`
-	TicketKey []byte `cbor:"2,keyasint"` // the Ed25519 public key that tickets are signed with
-	// Keys are all with which tickets may be signed: the last one, TicketKey, and
-	// the next one, so that every host knows a key before the first ticket of it. At
-	// most MaxKeys.
-	Keys [][]byte `cbor:"3,keyasint,omitempty"`
+	Version int `cbor:"1,keyasint"`
+	// Keys are the Ed25519 public keys with which tickets may be signed: the last one,
+	// the present and the next, so that every host knows a key before the first ticket
+	// of it. At most MaxKeys.
+	Keys [][]byte `cbor:"2,keyasint"`
 }
 
 // MaxKeys bounds the keys of tickets that a host remembers of a supernode.
