@@ -309,7 +309,7 @@ func TestFreeSpaceIsKept(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "foreign"), make([]byte, 2<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.evict(func() shortage { return s.shortLocked(0) }) // as Tend does
+	s.evict(func() shortage { return s.shortLocked(0, false) }) // as Tend does
 	if n := free(); n < keep {
 		t.Errorf("%d bytes are free", n)
 	}

@@ -78,11 +78,15 @@ func (n shortage) any() bool { return n.quota > 0 || n.disk > 0 }
 // less is n after the eviction of t.
 func (n shortage) less(t *task) shortage { return shortage{n.quota - t.room, n.disk - t.held()} }
 
-// shortLocked returns what is missing for n more bytes.
-func (s *Store) shortLocked(n int64) shortage {
+// shortLocked returns what is missing for n more bytes. Windows leave a share of
+// each bound to what is small and has no other place.
+func (s *Store) shortLocked(n int64, window bool) shortage {
 	var short shortage
 	if s.cfg.Quota > 0 {
 		short.quota = s.used + n - s.cfg.Quota
+		if window {
+			short.quota += s.cfg.Quota / slackShare
+		}
 	}
 	if s.cfg.KeepFree <= 0 {
 		return short
@@ -92,6 +96,9 @@ func (s *Store) shortLocked(n int64) shortage {
 		return short
 	}
 	short.disk = n + keep - free
+	if window {
+		short.disk += keep / slackShare
+	}
 	for _, t := range s.tasks {
 		if t.pins > 0 { // it is about to take what it has reserved
 			short.disk += t.room - t.held()
@@ -119,8 +126,8 @@ func (s *Store) slack(short shortage) shortage {
 }
 
 // makeRoomLocked evicts until n more bytes fit, nobody when that cannot be.
-func (s *Store) makeRoomLocked(n int64) (trash []string, err error) {
-	short := s.shortLocked(n)
+func (s *Store) makeRoomLocked(n int64, window bool) (trash []string, err error) {
+	short := s.shortLocked(n, window)
 	if !short.any() {
 		return nil, nil
 	}

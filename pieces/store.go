@@ -138,7 +138,7 @@ func (s *Store) open(dir string) (err error) {
 		return err
 	}
 	s.mu.Lock()
-	trash, _ := s.makeRoomLocked(0)
+	trash, _ := s.makeRoomLocked(0, false)
 	s.mu.Unlock()
 	s.discard(trash)
 	return nil
@@ -295,10 +295,10 @@ func (s *Store) create(m Meta) (c *Content, trash []string, err error) {
 		trash = append(trash, temp)
 	}
 	t = newTask(s, m)
-	more, err := s.makeRoomLocked(t.room)
+	more, err := s.makeRoomLocked(t.room, m.Window)
 	for err != nil && m.Window && t.room/2 >= leastPieces*m.Layout.PieceSize {
 		t.room /= 2
-		more, err = s.makeRoomLocked(t.room)
+		more, err = s.makeRoomLocked(t.room, m.Window)
 	}
 	trash = append(trash, more...)
 	if err != nil {

@@ -285,6 +285,20 @@ func TestLayoutChanges(t *testing.T) {
 	}
 }
 
+// TestWindowsLeaveRoom has a window take all that it may: what is small still has
+// a place beside it, though nothing can be evicted.
+func TestWindowsLeaveRoom(t *testing.T) {
+	s := open(t, t.TempDir(), StoreConfig{Quota: 48 * MinPieceSize})
+	b, m := blob(30, 64*MinPieceSize)
+	m.Window = true
+	fill(t, create(t, s, m), b)
+	b, m = blob(31, 342)
+	fill(t, create(t, s, m), b)
+	if u := s.Usage(); u.Reserved > u.Quota || u.Reserved < u.Quota*3/4 {
+		t.Errorf("%d of %d bytes taken", u.Reserved, u.Quota)
+	}
+}
+
 func TestEviction(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()

@@ -71,7 +71,7 @@ func (s *Store) wholeLocked(t *task, window bool) (trash []string, err error) {
 		return nil, nil
 	}
 	t.pins++ // not to make room for itself
-	trash, err = s.makeRoomLocked(t.layout.Length - t.room)
+	trash, err = s.makeRoomLocked(t.layout.Length-t.room, false)
 	t.pins--
 	if err != nil {
 		return trash, err
@@ -120,7 +120,7 @@ func (c *Content) reserve(n int64) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	missing := c.held() + n - c.room
-	if missing <= 0 || s.shortLocked(missing).any() {
+	if missing <= 0 || s.shortLocked(missing, true).any() {
 		return max(0, missing)
 	}
 	s.used += missing
