@@ -27,7 +27,7 @@ func (s *Stream) join() (cause string, err error) {
 	p := s.p
 	p.mu.Lock()
 	session := p.session
-	if session == nil || headerSize(s.origin.Header) > maxHeader {
+	if session == nil || session.drains || headerSize(s.origin.Header) > maxHeader {
 		p.mu.Unlock()
 		return causeNoSession, nil
 	}

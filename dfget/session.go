@@ -39,6 +39,7 @@ type session struct {
 	mu *sync.Mutex // Peer.mu, which guards what follows
 
 	over    bool
+	drains  bool // nothing is to be joined any more
 	seq     uint64
 	joins   map[uint64]*Stream // what waits for an answer
 	nums    map[int32]*task

@@ -158,6 +158,7 @@ func (p *Peer) follow(s *session, d api.Down) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	s.drains = s.drains || d.Drain
 	for _, m := range d.Progress {
 		if t := s.nums[m.Task]; t != nil {
 			t.fetched, t.progress = m.Fetched, now

@@ -54,6 +54,9 @@ type Config struct {
 	// is encrypted.
 	TLS, CA      string
 	ClearPrivate bool
+	// DrainTimeout is how long running downloads may take once the supernode is to
+	// end; with 0 they break off.
+	DrainTimeout time.Duration
 	// TagFreshness is how long the registry is not asked again what a tag or a
 	// URL stands for. Raising it saves requests and shows changes later.
 	TagFreshness time.Duration
@@ -74,6 +77,7 @@ func Default() Config {
 		KeepFree:     5 << 30,
 		ScrubRate:    16 << 20,
 		StaleFor:     24 * time.Hour,
+		DrainTimeout: 25 * time.Second,
 
 		AddressConnections: 512,
 	}
@@ -104,8 +108,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("keep-free %d, scrub-rate %d: want 0 or more", c.KeepFree, c.ScrubRate)
 	case c.TLS != "" && c.CA != "":
 		return errors.New("tls and ca exclude each other: a directory with a certificate of your own authority, or one of supernode ca")
-	case c.TagFreshness < 0 || c.StaleFor < 0:
-		return errors.New("tag freshness and stale time cannot be negative")
+	case c.TagFreshness < 0 || c.StaleFor < 0 || c.DrainTimeout < 0:
+		return errors.New("tag freshness, stale time and drain timeout cannot be negative")
 	}
 	return c.Registries.Validate()
 }

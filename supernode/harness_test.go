@@ -133,7 +133,7 @@ func start(t *testing.T, h *hub, dir string, edit func(*Config)) *testRegion {
 	t.Helper()
 	cfg := Default()
 	cfg.DataDir = dir
-	cfg.TagFreshness = time.Hour
+	cfg.TagFreshness, cfg.DrainTimeout = time.Hour, 0
 	cfg.Registries = registryproxy.Config{StallTimeout: 500 * time.Millisecond, AllowAddresses: []string{"127.0.0.0/8"}}
 	if h != nil {
 		cfg.Registries.Upstreams = []registryproxy.Upstream{{Name: "hub.test", URL: h.URL}}
@@ -238,6 +238,7 @@ type host struct {
 	invalid []api.Invalidate
 	verify  []api.Verify
 	told    []api.Progress
+	drained bool              // the supernode is about to end
 	lazy    bool              // looks at assignments and does nothing
 	lies    func([]byte)      // changes what is served to peers
 	blame   map[string]string // what became of transfers, by parent
@@ -340,6 +341,7 @@ func (h *host) act(down api.Down) {
 	h.invalid = append(h.invalid, down.Invalidate...)
 	h.verify = append(h.verify, down.Verify...)
 	h.told = append(h.told, down.Progress...)
+	h.drained = h.drained || down.Drain
 }
 
 // follow makes a transfer.

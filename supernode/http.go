@@ -26,13 +26,13 @@ func (n *Supernode) routes(reg Registry) *gin.Engine {
 	reads := []string{http.MethodGet, http.MethodHead}
 	fine := func(c *gin.Context) { c.String(http.StatusOK, "ok\n") }
 	e.Match(reads, "/healthz", fine)
-	e.Match(reads, "/readyz", n.ready)
+	e.Match(reads, "/readyz", n.takesWork, n.ready)
 	metrics := e.Group("/metrics")
 	if n.cfg.ProtectMetrics {
 		metrics.Use(n.rights.want(RoleRead))
 	}
 	metrics.GET("", gin.WrapH(promhttp.HandlerFor(reg, promhttp.HandlerOpts{})))
-	e.GET(api.SessionPath, n.known, func(c *gin.Context) { n.serveSession(c.Writer, c.Request) })
+	e.GET(api.SessionPath, n.takesWork, n.known, func(c *gin.Context) { n.serveSession(c.Writer, c.Request) })
 	e.Match(reads, api.TasksPath+"/:task/content", n.known, func(c *gin.Context) {
 		n.serveContent(c.Writer, c.Request, c.Param("task"))
 	})
@@ -43,7 +43,7 @@ func (n *Supernode) routes(reg Registry) *gin.Engine {
 		e.POST(identity.JoinPath, func(c *gin.Context) { n.serveJoin(c.Writer, c.Request) })
 	}
 	for _, path := range []string{"/v2", "/v2/*path"} {
-		e.Any(path, func(c *gin.Context) { n.serveV2(c.Writer, c.Request, c.Param("path")) })
+		e.Any(path, n.takesWork, func(c *gin.Context) { n.serveV2(c.Writer, c.Request, c.Param("path")) })
 	}
 	e.NoRoute(func(c *gin.Context) {
 		writeError(c.Writer, http.StatusNotFound, api.CodeNotFound, "there is nothing at this path")
@@ -91,6 +91,14 @@ func writeError(w http.ResponseWriter, status int, code, message string) {
 	h.Set(api.ErrorHeader, code)
 	w.WriteHeader(status)
 	_, _ = w.Write(b) // whoever went away needs no answer
+}
+
+// takesWork sends who begins something elsewhere while the supernode drains.
+func (n *Supernode) takesWork(c *gin.Context) {
+	if n.draining.Load() {
+		writeError(c.Writer, http.StatusServiceUnavailable, api.CodeUnavailable, errStopping.Error())
+		c.Abort()
+	}
 }
 
 func (n *Supernode) ready(c *gin.Context) {

@@ -38,7 +38,8 @@ type region struct {
 	tasks   map[pieces.TaskID]*task
 	nums    map[scheduler.TaskID]*task
 	lastNum scheduler.TaskID
-	given   int // bytes since the last tick
+	given   int             // bytes since the last tick
+	idle    chan<- struct{} // to be closed when no download runs; nil but while draining
 }
 
 // event is what is to be acted on: what a host has sent, or a function to call.
@@ -136,6 +137,10 @@ func (r *region) tick(now time.Time, nth int) {
 	if nth%keeping == 0 {
 		r.keepAlive()
 	}
+	if r.idle != nil && !r.busy() {
+		close(r.idle)
+		r.idle = nil
+	}
 	if len(r.tasks) == 0 {
 		return
 	}
@@ -143,6 +148,32 @@ func (r *region) tick(now time.Time, nth int) {
 	if nth%reviewing == 0 {
 		r.review(now)
 	}
+}
+
+// drain sends hosts elsewhere with what they begin, and closes idle when what they
+// have begun has ended.
+func (r *region) drain(idle chan<- struct{}) {
+	r.idle = idle
+	for _, s := range r.hosts {
+		s.send(message{size: 8, add: func(b *api.Down) { b.Drain = true }})
+	}
+}
+
+// busy tells whether a host gets something, or waits for some.
+func (r *region) busy() bool {
+	for _, s := range r.hosts {
+		if len(s.transfers) > 0 || len(s.joins) > 0 {
+			return true
+		}
+	}
+	for _, t := range r.tasks {
+		for _, m := range t.members {
+			if h := m.holds[t.id]; len(m.wants) > 0 || !m.lazy && h != nil && !h.have.Full() {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // keepAlive shows quiet hosts that the supernode is there, and ends the sessions

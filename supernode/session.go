@@ -330,6 +330,10 @@ func (s *session) write() {
 
 // join brings a content for the host, and answers it.
 func (s *session) join(ctx context.Context, j api.Join) {
+	if s.node.draining.Load() {
+		s.refuse(j.Seq, errStopping)
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
 	defer cancel()
 	id, src, err := s.node.sourceOf(j)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -24,7 +25,7 @@ import (
 )
 
 const (
-	stopTimeout  = 5 * time.Second // for answers under way when Run is to end
+	stopTimeout  = 5 * time.Second // for answers under way when downloads have ended
 	keepVersions = 7 * 24 * time.Hour
 	stallTimeout = 10 * time.Second
 
@@ -51,6 +52,7 @@ type Supernode struct {
 	rights   *rights
 	uploads  api.Gate // those to hosts, by the host's id
 	sessions api.Gate
+	draining atomic.Bool // no new work is taken
 	engine   *gin.Engine
 	ctx      context.Context // of fetches and sessions
 	stop     context.CancelCauseFunc
@@ -158,8 +160,8 @@ func (n *Supernode) newOrigin() *origin {
 // Handler serves all of the supernode's HTTP. It needs Run to be running.
 func (n *Supernode) Handler() http.Handler { return n.engine }
 
-// Run serves on ln until ctx ends, then finishes within seconds and closes the
-// data directory. With a nil ln only Handler serves. It can be called once.
+// Run serves on ln until ctx ends, then drains, and closes the data directory. With
+// a nil ln only Handler serves. It can be called once.
 func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 	regionCtx, endRegion := context.WithCancel(context.WithoutCancel(ctx))
 	defer endRegion()
@@ -191,20 +193,37 @@ func (n *Supernode) Run(ctx context.Context, ln net.Listener) error {
 	}
 	select {
 	case <-ctx.Done():
+		n.drain(context.WithoutCancel(ctx), srv)
 	case err = <-served:
 		err = fmt.Errorf("serve: %w", err)
 	}
 	n.stop(errStopping)
-	stopCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-	defer cancel()
-	if srv.Shutdown(stopCtx) != nil {
-		_ = srv.Close() // some reader takes too long
-	}
+	_ = srv.Close() // whoever still reads takes too long
 	n.origin.wg.Wait()
 	tended.Wait()
 	endRegion()
 	<-n.region.ended
 	return errors.Join(err, n.close())
+}
+
+// drain lets what hosts have begun come to its end, as far as the time allows, and
+// then the answers under way. Who begins something is sent elsewhere.
+func (n *Supernode) drain(ctx context.Context, srv *http.Server) {
+	n.draining.Store(true)
+	n.log.Info("draining", zap.Duration("limit", n.cfg.DrainTimeout))
+	wait, cancel := context.WithTimeout(ctx, n.cfg.DrainTimeout)
+	defer cancel()
+	idle := make(chan struct{})
+	n.region.do(func() { n.region.drain(idle) })
+	select {
+	case <-idle:
+	case <-wait.Done():
+		n.log.Info("the drain's time is up")
+		n.stop(errStopping) // answers that wait for a fetch wait no longer
+	}
+	stop, cancelStop := context.WithTimeout(ctx, stopTimeout)
+	defer cancelStop()
+	_ = srv.Shutdown(stop) // its only error is that of stop
 }
 
 func (n *Supernode) close() error {

@@ -57,6 +57,8 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 		"how long a registry is not asked again what a tag means: longer saves requests, and shows changes later")
 	fs.DurationVar(&c.StaleFor, "stale-for", c.StaleFor,
 		"how long a tag is served as last known while its registry cannot be reached")
+	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout,
+		"how long what hosts have begun may go on after SIGTERM; what is left then, they get from the registry")
 	fs.StringVar(&c.Tokens, "tokens", c.Tokens, "`file` of who may use the API at /v1/, with a line of supernode token for each; empty: programs of this machine may look")
 	fs.BoolVar(&c.ProtectMetrics, "protect-metrics", c.ProtectMetrics, "ask for a token at /metrics, too")
 	upstream.Flags(fs, &c.Registries)

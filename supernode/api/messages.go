@@ -46,6 +46,9 @@ type Down struct {
 	Verify     []Verify     `cbor:"9,keyasint,omitempty"`
 	Asking     []uint64     `cbor:"10,keyasint,omitempty"` // Joins, by their Seq, that wait for the origin; said once a second
 	Keys       [][]byte     `cbor:"11,keyasint,omitempty"` // those of the Welcome, anew
+	// Drain says that the supernode is about to end: what the host has joined goes on
+	// for a while, and Joins from here on are for another one.
+	Drain bool `cbor:"12,keyasint,omitempty"`
 }
 
 // Hello introduces a host.
