@@ -15,13 +15,17 @@ import (
 // registryBlob is a blob at its registry, read with one caller's credentials.
 type registryBlob struct {
 	registry *registryproxy.Client
+	heir     *heir
 	route    registryproxy.Route
 	who      registryproxy.Caller
 	end      int64 // of what is read, 0 for all
 }
 
-// Open asks the registry for the blob from off on.
+// Open asks the registry for the blob from off on, or who has taken this agent's place.
 func (b registryBlob) Open(ctx context.Context, off int64) (io.ReadCloser, int64, error) {
+	if body, size, err := b.heir.open(ctx, b, off); err == nil {
+		return body, size, nil
+	}
 	var body *registryproxy.BlobBody
 	var err error
 	if b.end > 0 {
@@ -53,7 +57,7 @@ func (m *mirror) blob(w *reply, r *http.Request, route registryproxy.Route) erro
 	request := dfget.Request{
 		ID:     pieces.TaskID(route.Reference), // the route is checked
 		Origin: origin(route, who.Authorization),
-		Direct: registryBlob{registry: m.registry, route: route, who: who},
+		Direct: registryBlob{registry: m.registry, heir: m.heir, route: route, who: who},
 	}
 	etag := strconv.Quote(route.Reference)
 	d := delivery{

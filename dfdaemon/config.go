@@ -48,6 +48,9 @@ type Config struct {
 	TLS, JoinToken string
 	ClearPrivate   bool
 
+	// DrainTimeout is how long running answers may take once the agent is to end.
+	DrainTimeout time.Duration
+
 	// Quota is the most bytes of content kept, 0 for no bound. More means fewer
 	// pulls of the same content; it should hold a few images at the least.
 	Quota int64
@@ -91,6 +94,7 @@ func Default() Config {
 		Quota:         20 << 30,
 		KeepFree:      5 << 30,
 		ScrubRate:     4 << 20,
+		DrainTimeout:  25 * time.Second,
 		UpLanes:       3,
 		DownLanes:     3,
 
@@ -133,6 +137,8 @@ func (c Config) Validate() error {
 		return errors.New("join-token: name the supernode that gives the certificate")
 	case c.Quota < 0:
 		return fmt.Errorf("quota %d is negative", c.Quota)
+	case c.DrainTimeout < 0:
+		return fmt.Errorf("drain-timeout %v: want 0 or more", c.DrainTimeout)
 	case c.KeepFree < 0 || c.ScrubRate < 0:
 		return fmt.Errorf("keep-free %d, scrub-rate %d: want 0 or more", c.KeepFree, c.ScrubRate)
 	case c.UpLanes < 1 || c.UpLanes > api.MaxLanes || c.DownLanes < 1 || c.DownLanes > api.MaxLanes:

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -32,10 +33,8 @@ const (
 	mirrorListen  = "mirror-listen"
 	peerListen    = "peer-listen"
 	metricsListen = "metrics-listen"
+	socketListen  = "socket"
 )
-
-// drainTime is how long running answers may take once the agent is to end.
-const drainTime = 5 * time.Second
 
 // Of each listener.
 const (
@@ -56,27 +55,39 @@ type Daemon struct {
 	refused   prometheus.Counter // connections
 	tunnels   *tunnels           // nil without a forward proxy
 	ready     atomic.Bool        // Run serves and is not about to end
+	drainTime time.Duration
+
+	inherited map[string]net.Listener // of the one whose place this is, by setting, until they are used
+	handover  *net.UnixListener       // nil where there can be none
+	claimed   map[string]string       // where this one listens, as claim says
+	socket    *socket                 // nil for none
+	heir      *heir
 }
 
 // server is a server and what it accepts on.
 type server struct {
 	http.Server
-	ln net.Listener
+	ln      net.Listener
+	setting string // that it can be handed over by, "" where it cannot
+	tls     *tls.Config
 }
 
-// New opens the store and the listeners; Run must be called, and closes them.
-// The error says which setting is in the way.
+// New opens the store and the listeners, or takes them over from the one that runs;
+// Run must be called, and closes them. The error says which setting is in the way.
 func New(cfg Config, log *zap.Logger, reg *prometheus.Registry) (*Daemon, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	gin.SetMode(gin.ReleaseMode) // gin's debug mode writes to the standard output
-	d := &Daemon{log: log, scrubRate: cfg.ScrubRate, addr: map[string]string{}}
+	d := &Daemon{log: log, scrubRate: cfg.ScrubRate, drainTime: cfg.DrainTimeout, addr: map[string]string{}, heir: newHeir()}
+	d.inherited = takeOver(cfg, log)
 	err := d.openStore(cfg)
 	if err == nil {
 		err = d.open(cfg, reg)
 	}
+	closeAll(d.inherited)
 	if err == nil {
+		d.listenHandover(cfg)
 		return d, nil
 	}
 	for _, s := range d.servers {
@@ -95,14 +106,14 @@ func (d *Daemon) openStore(cfg Config) (err error) {
 		OnLost:  func(id pieces.TaskID, _ []int) { d.peer.Lost(id) },
 	})
 	if errors.Is(err, pieces.ErrLocked) {
-		return fmt.Errorf("%w: give each dfdaemon a --data-dir of its own", err)
+		return fmt.Errorf("%w: give each dfdaemon a --data-dir of its own; one that is to take another's place needs its --%s, too", err, mirrorListen)
 	}
 	return err
 }
 
 // open makes the parts and the listeners.
 func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
-	m := &mirror{store: d.store, def: cfg.Registries.Default, urls: cfg.URLs, ports: cfg.Proxy.Ports, log: d.log}
+	m := &mirror{store: d.store, heir: d.heir, def: cfg.Registries.Default, urls: cfg.URLs, ports: cfg.Proxy.Ports, log: d.log}
 	var err error
 	if m.registry, err = registryproxy.New(cfg.Registries, d.log, reg); err != nil {
 		return err
@@ -136,11 +147,9 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 		if err != nil {
 			return err
 		}
-		ln, err := listenSocket(cfg.Socket, cfg.SocketGroup, len(users) > 0)
-		if err != nil {
+		if s, err = d.listenSocket(cfg, len(users) > 0); err != nil {
 			return err
 		}
-		s = d.add(ln)
 		s.ConnContext = withUser
 		s.Handler = api.Bounded(forUsers(users, cfg.SocketGroup != "", (&control{d, m}).handler()))
 	}
@@ -196,7 +205,7 @@ func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 			return err
 		}
 		if d.identity != nil {
-			s.ln = tls.NewListener(s.ln, d.identity.Server(true))
+			s.tls = d.identity.Server(true)
 		}
 	}
 	if d.peer, err = dfget.NewPeer(peer, d.store, d.log, reg); err == nil && s != nil {
@@ -208,7 +217,10 @@ func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
 // listen adds a server, yet without a handler, on a TCP address, which the named
 // setting holds.
 func (d *Daemon) listen(addr, setting string) (*server, error) {
-	ln, err := net.Listen("tcp", addr) //nolint:noctx // at once: the address is this host's
+	ln, err := d.inherit(setting), error(nil)
+	if ln == nil {
+		ln, err = net.Listen("tcp", addr) //nolint:noctx // at once: the address is this host's
+	}
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("%w: another process has it, choose another with --%s", err, setting)
@@ -216,7 +228,32 @@ func (d *Daemon) listen(addr, setting string) (*server, error) {
 		return nil, fmt.Errorf("%w: choose another address with --%s", err, setting)
 	}
 	d.addr[setting] = ln.Addr().String()
-	return d.add(ln), nil
+	s := d.add(ln)
+	s.setting = setting
+	return s, nil
+}
+
+// listenSocket is listen for the control socket.
+func (d *Daemon) listenSocket(cfg Config, all bool) (*server, error) {
+	if ln, ok := d.inherit(socketListen).(*net.UnixListener); ok {
+		d.socket = &socket{UnixListener: ln, path: cfg.Socket}
+	} else {
+		var err error
+		if d.socket, err = listenSocket(cfg.Socket, cfg.SocketGroup, all); err != nil {
+			return nil, err
+		}
+	}
+	s := d.add(d.socket)
+	s.setting = socketListen
+	return s, nil
+}
+
+// inherit returns the listener that came from the one whose place this is, nil where
+// none did.
+func (d *Daemon) inherit(setting string) net.Listener {
+	ln := d.inherited[setting]
+	delete(d.inherited, setting)
+	return ln
 }
 
 func (d *Daemon) add(ln net.Listener) *server {
@@ -236,49 +273,81 @@ func (d *Daemon) PeerAddr() string { return d.addr[peerListen] }
 // ProxyAddr returns host:port of the forward proxy, "" for none.
 func (d *Daemon) ProxyAddr() string { return d.addr[proxyListen] }
 
-// Run serves until ctx ends, gives running answers a few seconds more, and closes
-// everything.
+// Run serves until ctx ends, or another one has taken this one's place; then it lets
+// running answers come to their end, as far as the time allows, and closes everything.
 func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("serving", zap.String("mirror", d.MirrorAddr()), zap.String("peer", d.PeerAddr()))
 	d.ready.Store(true)
 	group, ctx := errgroup.WithContext(ctx)
-	peer, stopPeer := context.WithCancel(context.WithoutCancel(ctx))
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var users sync.WaitGroup // of the store
+	users.Add(2)
 	group.Go(func() error {
-		if err := d.peer.Run(peer); peer.Err() == nil {
+		defer users.Done()
+		if err := d.peer.Run(work); work.Err() == nil {
 			return fmt.Errorf("peer: %w", err)
 		}
 		return nil
 	})
 	group.Go(func() error {
-		_ = d.store.Tend(ctx, d.scrubRate) // its only end is that of ctx
+		defer users.Done()
+		_ = d.store.Tend(work, d.scrubRate) // its only end is that of work
 		return nil
+	})
+	release := sync.OnceValue(func() error {
+		stop()
+		users.Wait()
+		return d.store.Close()
 	})
 	for _, s := range d.servers {
-		group.Go(func() error {
-			if err := s.Serve(s.ln); !errors.Is(err, http.ErrServerClosed) {
-				return err
-			}
-			return nil
-		})
+		group.Go(s.serve)
+	}
+	handed := make(chan struct{})
+	if d.handover != nil {
+		group.Go(func() error { d.handOver(handed, release); return nil })
 	}
 	group.Go(func() error {
-		<-ctx.Done()
-		d.ready.Store(false)
-		d.drain(context.WithoutCancel(ctx))
-		stopPeer()
-		return nil
+		d.drain(ctx, handed)
+		err := release()
+		if d.handover != nil {
+			_ = d.handover.Close() // with the store free, whoever finds it gone can go on
+		}
+		return err
 	})
-	return errors.Join(group.Wait(), d.store.Close())
+	return group.Wait()
 }
 
-// drain ends all servers, and then what has been taken over from them.
-func (d *Daemon) drain(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, drainTime)
+// serve answers until Shutdown.
+func (s *server) serve() error {
+	ln := s.ln
+	if s.tls != nil {
+		ln = tls.NewListener(ln, s.tls)
+	}
+	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// drain waits for ctx's end, or for handed, and then ends all servers, and what has
+// been taken over from them.
+func (d *Daemon) drain(ctx context.Context, handed <-chan struct{}) {
+	select {
+	case <-ctx.Done():
+		d.log.Info("draining", zap.Duration("limit", d.drainTime))
+	case <-handed:
+	}
+	d.ready.Store(false)
+	wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), answersLimit)
 	defer cancel()
+	defer context.AfterFunc(ctx, func() {
+		timer := time.AfterFunc(d.drainTime, cancel)
+		context.AfterFunc(wait, func() { timer.Stop() })
+	})()
 	var group errgroup.Group
 	for _, s := range d.servers {
 		group.Go(func() error {
-			if s.Shutdown(ctx) != nil {
+			if s.Shutdown(wait) != nil {
 				return s.Close()
 			}
 			return nil
@@ -288,7 +357,7 @@ func (d *Daemon) drain(ctx context.Context) {
 		d.log.Warn("servers did not end well", zap.Error(err))
 	}
 	if d.tunnels != nil {
-		d.tunnels.close()
+		d.tunnels.close(wait)
 	}
 }
 

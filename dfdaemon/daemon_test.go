@@ -37,6 +37,7 @@ func testConfig(t *testing.T) Config {
 	c := Default()
 	c.DataDir, c.Socket = filepath.Join(dir, "data"), filepath.Join(dir, "d.sock")
 	c.MirrorListen, c.PeerListen, c.MetricsListen = "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0"
+	c.DrainTimeout = time.Second
 	c.Registries.AllowAddresses = []string{"127.0.0.0/8"} // where tests have their origins
 	return c
 }

@@ -26,6 +26,7 @@ type mirror struct {
 	peer     *dfget.Peer
 	store    *pieces.Store
 	relay    *relay
+	heir     *heir
 	registry *registryproxy.Client
 	def      string // the registry of a request that names none
 	urls     URLConfig

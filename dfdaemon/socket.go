@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 
 	"damselfly.dev/supernode/api"
@@ -24,7 +25,7 @@ const maxSocketPath = 107
 // listenSocket opens the control socket for its owner alone, with group set for
 // that group too, or for all, of whom forUsers chooses. What a killed process has left there is replaced; a socket
 // that answers is not.
-func listenSocket(path, group string, all bool) (net.Listener, error) {
+func listenSocket(path, group string, all bool) (*socket, error) {
 	ln, err := openSocket(path, group, all)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -35,7 +36,7 @@ func listenSocket(path, group string, all bool) (net.Listener, error) {
 	return ln, nil
 }
 
-func openSocket(path, group string, all bool) (net.Listener, error) {
+func openSocket(path, group string, all bool) (*socket, error) {
 	mode, gid := fs.FileMode(0o600), -1
 	if group != "" {
 		var err error
@@ -74,17 +75,21 @@ func openSocket(path, group string, all bool) (net.Listener, error) {
 	if err != nil {
 		return nil, errors.Join(err, ln.Close(), os.Remove(temp))
 	}
-	return &socket{ln, path}, nil
+	return &socket{UnixListener: ln, path: path}, nil
 }
 
-// socket removes its own name when it closes.
+// socket removes its own name when it closes, unless that is another's by now.
 type socket struct {
 	*net.UnixListener
 	path string
+	kept atomic.Bool
 }
 
 // Close ends listening.
 func (s *socket) Close() error {
+	if s.kept.Load() {
+		return s.UnixListener.Close()
+	}
 	err := os.Remove(s.path) // first: once closed, another process may put its own there
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil

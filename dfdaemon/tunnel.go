@@ -22,7 +22,7 @@ const (
 type tunnels struct {
 	linger time.Duration
 	places chan struct{}   // one taken by each
-	ctx    context.Context // ends with close
+	ctx    context.Context // ends when close waits no longer
 	cancel context.CancelFunc
 }
 
@@ -45,12 +45,14 @@ func (t *tunnels) enter(parent context.Context) (ctx context.Context, leave func
 	return ctx, sync.OnceFunc(func() { stop(); cancel(); <-t.places }), true
 }
 
-// close ends all that have a place, waits for them, and lets nobody in again.
-func (t *tunnels) close() {
-	t.cancel()
+// close waits for all that have a place, ends them when ctx ends, and lets nobody in
+// again.
+func (t *tunnels) close(ctx context.Context) {
+	defer context.AfterFunc(ctx, t.cancel)()
 	for range cap(t.places) {
 		t.places <- struct{}{}
 	}
+	t.cancel()
 }
 
 // join passes bytes both ways until both ends have ended, or ctx, and closes them.

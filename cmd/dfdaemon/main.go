@@ -55,6 +55,7 @@ func (c *config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.SocketGroup, "socket-group", c.SocketGroup, "`group` that may use the control socket beside this user")
 	fs.StringSliceVar(&c.SocketUsers, "socket-users", c.SocketUsers, "`users` who may use the control socket beside this one and root")
 	fs.StringSliceVar(&c.MirrorHosts, "mirror-hosts", c.MirrorHosts, "`names` with a dot by which engines ask the mirror, beside this host's own")
+	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "how long running answers may take after SIGTERM")
 	fs.StringVar(&c.Zone, "zone", c.Zone, "where the host is: pieces come from the same zone where they can")
 	fs.StringVar(&c.Rack, "rack", c.Rack, "where in the zone the host is")
 	fs.IntVar(&c.UpLanes, "up-lanes", c.UpLanes, "transfers to other hosts at once; keep it equal to --down-lanes")

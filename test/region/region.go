@@ -47,6 +47,7 @@ func StartSupernode(t *testing.T, cfg supernode.Config, log *zap.Logger) (addres
 func Host(t *testing.T) dfdaemon.Config {
 	t.Helper()
 	cfg := dfdaemon.Default()
+	cfg.DrainTimeout = 5 * time.Second
 	cfg.DataDir, cfg.Socket = filepath.Join(t.TempDir(), "data"), ""
 	cfg.MirrorListen, cfg.PeerListen, cfg.MetricsListen = "127.0.0.1:0", "127.0.0.1:0", ""
 	return cfg
