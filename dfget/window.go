@@ -1,6 +1,8 @@
 package dfget
 
 import (
+	"go.uber.org/zap"
+
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -30,12 +32,18 @@ func (p *Peer) narrowed(t *task, c *pieces.Content, err error) bool {
 	if !pieces.IsFull(err) || pieces.Window(c.Layout()) == c.Layout().Length {
 		return false
 	}
+	if c.IsWindow() {
+		return true
+	}
+	if err := c.Narrow(); err != nil {
+		p.log.Warn("no window is kept", zap.String("task", string(t.id)), zap.Error(err))
+	}
+	if !c.IsWindow() {
+		return false
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !c.IsWindow() {
-		c.Narrow()
-		p.narrowLocked(t)
-	}
+	p.narrowLocked(t)
 	return true
 }
 

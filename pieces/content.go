@@ -52,12 +52,9 @@ func (c *Content) ready() error {
 	if c.isReady() {
 		return nil
 	}
-	c.store.mu.Lock()
-	made := c.made
-	c.store.mu.Unlock()
 	var err error
 	switch {
-	case made:
+	case c.isMade():
 		err = c.loadDigests()
 	case c.layout.Count() == 1:
 		c.mu.Lock()
@@ -91,9 +88,15 @@ func (c *Content) release() {
 	}
 	c.files.Unlock()
 
-	t, s := c.task, c.store
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	c.store.mu.Lock()
+	trash := c.store.unpinLocked(c)
+	c.store.mu.Unlock()
+	c.store.discard(trash)
+}
+
+// unpinLocked takes back a pin. A task of which nothing has come is not kept.
+func (s *Store) unpinLocked(c *Content) (trash []string) {
+	t := c.task
 	t.pins--
 	if !c.looks {
 		t.lastUse = time.Now()
@@ -105,11 +108,11 @@ func (c *Content) release() {
 		t.spare = nil
 	}
 	if t.pins > 0 || t.ended() != nil {
-		return
+		return nil
 	}
-	if !t.made {
-		s.forgetLocked(t)
-		return
+	if !t.made || t.layout.Length > 0 && t.held() == 0 {
+		temp, _ := s.dropLocked(t) // what could not be renamed is out of the map all the same
+		return []string{temp}
 	}
 	t.mu.Lock()
 	if t.layout.Count() > fewPieces || !t.have.Full() {
@@ -120,6 +123,7 @@ func (c *Content) release() {
 		t.stamped = t.lastUse
 		_ = s.root.Chtimes(t.dir, t.lastUse, t.lastUse) // the order of eviction is not worth an error
 	}
+	return nil
 }
 
 // ID returns the task's id.

@@ -200,7 +200,7 @@ func TestEverythingAtOnce(t *testing.T) {
 			t.Error(err)
 		}
 		for i := range th.m.Layout.Count() {
-			if err := c.Receive(i, bytes.NewReader(piece(th.m.Layout, th.b, i))); !allowed(err, ErrGone) {
+			if err := c.Receive(i, bytes.NewReader(piece(th.m.Layout, th.b, i))); !allowed(err, ErrGone, ErrQuota) {
 				t.Error(err)
 			} else if err != nil {
 				return

@@ -43,15 +43,18 @@ func (c *Content) Put(b []byte) error {
 // keepOnly keeps the only piece of a content of which there is nothing on the
 // disk yet, all at once; it tells whether it has.
 func (c *Content) keepOnly(b []byte, d Digest, complete bool) (bool, error) {
-	if c.layout.Count() != 1 {
+	if c.layout.Count() != 1 || c.isMade() {
 		return false, nil
+	}
+	if !c.IsWindow() {
+		if err := c.reserve(int64(len(b))); err != nil {
+			return false, err
+		}
+		defer c.written(int64(len(b)))
 	}
 	c.disk.Lock()
 	defer c.disk.Unlock()
-	c.store.mu.Lock()
-	made := c.made
-	c.store.mu.Unlock()
-	if made {
+	if c.isMade() {
 		return false, nil
 	}
 	m := c.Meta()

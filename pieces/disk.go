@@ -49,8 +49,9 @@ func (s *Store) loadTask(id TaskID, trusted bool) error {
 	if now := time.Now(); t.lastUse.After(now) {
 		t.lastUse = now
 	}
+	t.room = t.held()
 	if m.Window {
-		t.room = max(t.room, t.held())
+		t.room = max(t.room, Window(m.Layout))
 	}
 	s.mu.Lock()
 	s.addLocked(t)

@@ -258,7 +258,9 @@ func TestSmallDisk(t *testing.T) {
 	if have := c.Have(); have.Full() || checkTruth(t, s, m, b) == 0 {
 		t.Error("all of it is there, or nothing")
 	}
-	c.Narrow() // and so there is room for any piece
+	if err := c.Narrow(); err != nil { // so there is room for any piece
+		t.Fatal(err)
+	}
 	for i := range m.Layout.Count() {
 		if _, err := c.Make(i, bytes.NewReader(piece(m.Layout, b, i))); err != nil {
 			t.Fatal(err)
@@ -300,7 +302,13 @@ func TestFreeSpaceIsKept(t *testing.T) {
 			t.Fatalf("%d bytes are free after %d contents", n, i+1)
 		}
 	}
-	_, m := blob(270, 14<<20)
+	_, m := blob(271, 10<<20)
+	before := s.Usage().Tasks
+	create(t, s, m).Release()
+	if s.Usage().Tasks != before {
+		t.Error("others went for what has not come")
+	}
+	_, m = blob(270, 14<<20)
 	_, err := s.Create(m)
 	wantErr(t, err, ErrQuota)
 	if s.Usage().Tasks < 10 {
@@ -309,7 +317,7 @@ func TestFreeSpaceIsKept(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "foreign"), make([]byte, 2<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.evict(func() shortage { return s.shortLocked(0, false) }) // as Tend does
+	s.evict(func() shortage { return s.missingLocked(0, false) }) // as Tend does
 	if n := free(); n < keep {
 		t.Errorf("%d bytes are free", n)
 	}

@@ -255,7 +255,7 @@ func (w *workload) act() {
 	}
 	defer c.Release()
 	if m.Window && m.Layout.Count() > 8 && !c.IsWindow() && w.rnd.IntN(2) == 0 {
-		c.Narrow()
+		_ = c.Narrow()
 	}
 	if m.Layout.Count() == 1 && w.rnd.IntN(2) == 0 {
 		if err := c.Put(b); err != nil {

@@ -118,6 +118,10 @@ func (c *Content) keep(i int, b []byte, d Digest) error {
 	if c.goodRun(i, 1) == 1 { // somebody else was faster
 		return nil
 	}
+	if err := c.reserve(int64(len(b))); err != nil {
+		return err
+	}
+	defer c.written(int64(len(b)))
 	write := func() error { return c.store.writeAt(f, b, c.layout.Offset(i)) }
 	if err := c.store.retried(int64(len(b)), write); err != nil {
 		return err

@@ -15,7 +15,7 @@ const slackShare = 32
 // Usage is how full a store is, and what has become of its contents since it was
 // opened.
 type Usage struct {
-	Reserved int64 // bytes, each task with its whole length, or what is kept of it where that is a window
+	Reserved int64 // bytes, each task with what has come of it, a window with what it may have
 	Quota    int64 // bytes, 0 for no bound
 	Tasks    int
 
@@ -40,6 +40,11 @@ func (s *Store) count(add func(*Usage)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	add(&s.counts)
+}
+
+func (s *Store) resizeLocked(t *task, room int64) {
+	s.used += room - t.room
+	t.room = room
 }
 
 func (s *Store) addLocked(t *task) {
@@ -78,13 +83,13 @@ func (n shortage) any() bool { return n.quota > 0 || n.disk > 0 }
 // less is n after the eviction of t.
 func (n shortage) less(t *task) shortage { return shortage{n.quota - t.room, n.disk - t.held()} }
 
-// shortLocked returns what is missing for n more bytes. Windows leave a share of
-// each bound to what is small and has no other place.
-func (s *Store) shortLocked(n int64, window bool) shortage {
+// missingLocked returns what is missing for n more bytes. With leave, as of windows, a
+// share of each bound is left to what is small and has no other place.
+func (s *Store) missingLocked(n int64, leave bool) shortage {
 	var short shortage
 	if s.cfg.Quota > 0 {
 		short.quota = s.used + n - s.cfg.Quota
-		if window {
+		if leave {
 			short.quota += s.cfg.Quota / slackShare
 		}
 	}
@@ -95,14 +100,9 @@ func (s *Store) shortLocked(n int64, window bool) shortage {
 	if err != nil {
 		return short
 	}
-	short.disk = n + keep - free
-	if window {
+	short.disk = n + s.coming + keep - free
+	if leave {
 		short.disk += keep / slackShare
-	}
-	for _, t := range s.tasks {
-		if t.pins > 0 { // it is about to take what it has reserved
-			short.disk += t.room - t.held()
-		}
 	}
 	return short
 }
@@ -125,11 +125,11 @@ func (s *Store) slack(short shortage) shortage {
 	return short
 }
 
-// makeRoomLocked evicts until n more bytes fit, nobody when that cannot be.
-func (s *Store) makeRoomLocked(n int64, window bool) (trash []string, err error) {
-	short := s.shortLocked(n, window)
+// shortLocked is missingLocked, and ErrQuota where no eviction would be enough.
+func (s *Store) shortLocked(n int64, leave bool) (shortage, error) {
+	short := s.missingLocked(n, leave)
 	if !short.any() {
-		return nil, nil
+		return short, nil
 	}
 	all := short
 	for _, t := range s.tasks {
@@ -138,10 +138,90 @@ func (s *Store) makeRoomLocked(n int64, window bool) (trash []string, err error)
 		}
 	}
 	if all.any() {
-		return nil, fmt.Errorf("%w: %d bytes wanted, %d too many for the quota of %d, %d for the disk",
+		return short, fmt.Errorf("%w: %d bytes wanted, %d too many for the quota of %d, %d for the disk",
 			ErrQuota, n, max(0, all.quota), s.cfg.Quota, max(0, all.disk))
 	}
+	return short, nil
+}
+
+// makeRoomLocked evicts until n more bytes fit, nobody when that cannot be.
+func (s *Store) makeRoomLocked(n int64, leave bool) (trash []string, err error) {
+	short, err := s.shortLocked(n, leave)
+	if err != nil || !short.any() {
+		return nil, err
+	}
 	return s.evictLocked(short)
+}
+
+// reserve makes room for n bytes of a content that is no window. They are being
+// written until written says that they are there, or not. No lock is held.
+func (c *Content) reserve(n int64) error {
+	if c.takeRoom(n) {
+		return nil
+	}
+	s := c.store
+	s.making.Lock() // who comes next finds the disk as free as it then is
+	defer s.making.Unlock()
+	err := c.makeRoom(n)
+	if errors.Is(err, ErrQuota) && s.shrink() {
+		err = c.makeRoom(n)
+	}
+	return err
+}
+
+// takeRoom is reserve where room is free.
+func (c *Content) takeRoom(n int64) bool {
+	s := c.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.ended() != nil || s.missingLocked(n, c.leavesLocked(n)).any() {
+		return false
+	}
+	c.takeLocked(n)
+	return true
+}
+
+// makeRoom is reserve by eviction. s.making is held.
+func (c *Content) makeRoom(n int64) error {
+	s := c.store
+	s.mu.Lock()
+	err := c.ended()
+	var trash []string
+	if err == nil {
+		trash, err = s.makeRoomLocked(n, c.leavesLocked(n))
+	}
+	if err == nil {
+		c.takeLocked(n)
+	}
+	s.mu.Unlock()
+	s.discard(trash)
+	return err
+}
+
+// leavesLocked tells whether n more bytes leave what windows leave: of what is large,
+// unless it takes nearly all by itself.
+func (c *Content) leavesLocked(n int64) bool {
+	quota := c.store.cfg.Quota
+	return Window(c.layout) < c.layout.Length && (quota == 0 || c.room+n <= quota-quota/slackShare)
+}
+
+func (c *Content) takeLocked(n int64) {
+	c.store.resizeLocked(c.task, c.room+n)
+	c.store.coming += n
+	c.coming += n
+}
+
+// written ends the writing of n bytes that reserve made room for: what is there of
+// them counts, and no more.
+func (c *Content) written(n int64) {
+	s := c.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.coming -= n
+	c.coming -= n
+	if c.ended() == nil && !c.IsWindow() {
+		s.resizeLocked(c.task, c.held()+c.coming)
+	}
 }
 
 // evictLocked evicts the tasks without pins that were used least recently until

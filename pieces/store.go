@@ -47,7 +47,7 @@ const stampAfter = time.Minute
 // StoreConfig is what a store may be told.
 type StoreConfig struct {
 	// Quota is the most bytes of content kept, 0 for no bound. A task counts with
-	// its whole length from Create on.
+	// what has come of it, whatever its length is said to be.
 	Quota int64
 	// KeepFree is how many bytes of the file system are left free, at most half of
 	// it: what is not in use is evicted for that, and nothing new begun; 0 for none.
@@ -72,11 +72,14 @@ type Store struct {
 	buffers [25]sync.Pool // of *[]byte, by the exponent of their size
 	hashes  sync.Pool     // of hash.Hash
 
+	making sync.Mutex // held while room is made for a piece; taken before mu
+
 	// mu guards what follows, and which task's files the names on disk are: they
 	// change only while it is held. It is taken before a task's mu and after its disk.
 	mu     sync.Mutex
 	tasks  map[TaskID]*task
 	used   int64 // bytes reserved
+	coming int64 // of them being written
 	counts Usage // what has happened
 	lost   []loss
 	closed bool
@@ -245,9 +248,9 @@ func (s *Store) writeMarker(doubtful []TaskID) error {
 // its pieces where the layout is the same, else a new one without any, made from
 // m.ID, m.Layout, m.MediaType, m.Public and m.Origins. One with another layout is replaced
 // when nothing uses it; else the error is ErrInUse. Where the quota or the file
-// system demands it, the least recently used tasks without pins are evicted;
-// ErrQuota when that is not enough: then m.Window may help, see window.go. ErrGone
-// says that the task was removed meanwhile.
+// system demands it, the least recently used tasks without pins are evicted, as
+// pieces come; ErrQuota when that would not be enough: then m.Window may help, see
+// window.go, whose room is made at once. ErrGone says that the task was removed meanwhile.
 func (s *Store) Create(m Meta) (*Content, error) {
 	m.Complete = false
 	if err := m.validate(); err != nil {
@@ -278,11 +281,10 @@ func (s *Store) create(m Meta) (c *Content, trash []string, err error) {
 	}
 	t := s.tasks[m.ID]
 	if t != nil && t.layout == m.Layout {
-		trash, err = s.wholeLocked(t, m.Window)
-		if err != nil {
-			return nil, trash, err
+		if err := s.wholeLocked(t, m.Window); err != nil {
+			return nil, nil, err
 		}
-		return s.pinLocked(t), trash, nil
+		return s.pinLocked(t), nil, nil
 	}
 	if t != nil {
 		if t.pins > 0 {
@@ -295,12 +297,13 @@ func (s *Store) create(m Meta) (c *Content, trash []string, err error) {
 		trash = append(trash, temp)
 	}
 	t = newTask(s, m)
-	more, err := s.makeRoomLocked(t.room, m.Window)
-	for err != nil && m.Window && t.room/2 >= leastPieces*m.Layout.PieceSize {
-		t.room /= 2
-		more, err = s.makeRoomLocked(t.room, m.Window)
+	if !m.Window {
+		_, err = s.shortLocked(m.Layout.Length, false)
+	} else {
+		var more []string
+		t.room, more, err = s.windowLocked(m.Layout, 0)
+		trash = append(trash, more...)
 	}
-	trash = append(trash, more...)
 	if err != nil {
 		return nil, trash, err
 	}

@@ -280,7 +280,7 @@ func TestLayoutChanges(t *testing.T) {
 	if have := c.Have(); have.Len() != 0 || have.Cap() != 1 {
 		t.Error("another layout finds pieces of the old one")
 	}
-	if u := s.Usage(); u.Reserved != 2*MinPieceSize || u.Tasks != 1 || u.Evicted != 0 {
+	if u := s.Usage(); u.Reserved != 0 || u.Tasks != 1 || u.Evicted != 0 {
 		t.Errorf("usage %+v", u)
 	}
 }
@@ -371,6 +371,42 @@ func TestEviction(t *testing.T) {
 			t.Errorf("left %v, want %v", left, want)
 		}
 	})
+}
+
+// TestClaims has contents begun that are said to be as large as the quota: nothing
+// goes for that, only for what comes of them, and what nothing has come of is not kept.
+func TestClaims(t *testing.T) {
+	const quota = 64
+	s := open(t, t.TempDir(), StoreConfig{Quota: quota * MinPieceSize})
+	for i := range uint64(quota) {
+		b, m := blob(100+i, MinPieceSize)
+		put(t, s, m, b)
+	}
+	b, m := blob(90, quota*MinPieceSize)
+	c := create(t, s, m)
+	_, idle := blob(91, quota*MinPieceSize)
+	create(t, s, idle).Release()
+	if u := s.Usage(); u.Evicted != 0 || u.Tasks != quota+1 || u.Reserved != u.Quota {
+		t.Fatalf("a claim alone leaves %+v", u)
+	}
+	other, om := blob(92, MinPieceSize)
+	late := create(t, s, om)
+	for i := range m.Layout.Count() {
+		if _, err := c.Make(i, bytes.NewReader(piece(m.Layout, b, i))); err != nil {
+			t.Fatal(err)
+		}
+		came := int(m.Layout.Offset(i+1) / MinPieceSize)
+		if u := s.Usage(); u.Evicted < came || u.Evicted > came+quota/slackShare || u.Reserved > u.Quota {
+			t.Fatalf("%+v when %d have come", u, came)
+		}
+	}
+	_, err := late.Make(0, bytes.NewReader(other))
+	wantErr(t, err, ErrQuota)
+	c.Release()
+	fill(t, late, other)
+	if u := s.Usage(); u.Tasks != 1 || u.Reserved != MinPieceSize {
+		t.Errorf("usage %+v", u)
+	}
 }
 
 func TestRemove(t *testing.T) {

@@ -21,7 +21,8 @@ type task struct {
 
 	// Guarded by store.mu.
 	pins    int
-	room    int64      // bytes reserved
+	room    int64      // bytes reserved: what is there and being written, of a window what it may have
+	coming  int64      // of them being written, but of a window
 	made    bool       // its directory exists; that of a single piece is made with the piece in it
 	lastUse time.Time  // in memory
 	stamped time.Time  // on disk
@@ -53,12 +54,8 @@ type task struct {
 
 func newTask(s *Store, m Meta) *task {
 	m.Public, m.Origins = slices.Clone(m.Public), slices.Clone(m.Origins)
-	room := m.Layout.Length
-	if m.Window {
-		room = Window(m.Layout)
-	}
 	return &task{
-		room: room, freshFrom: time.Now(), fresh: NewSet(m.Layout.Count()),
+		freshFrom: time.Now(), fresh: NewSet(m.Layout.Count()),
 		store: s, id: m.ID, layout: m.Layout, dir: taskDir(m.ID),
 		gone:    make(chan struct{}),
 		lastUse: time.Now(),
@@ -66,6 +63,12 @@ func newTask(s *Store, m Meta) *task {
 		have:    NewSet(m.Layout.Count()),
 		good:    NewSet(m.Layout.Count()),
 	}
+}
+
+func (t *task) isMade() bool {
+	t.store.mu.Lock()
+	defer t.store.mu.Unlock()
+	return t.made
 }
 
 // end marks t as no longer in the store.
@@ -166,10 +169,7 @@ func (t *task) loadDigests() error {
 // and then in memory. t.disk is held, or t is not yet known to anyone else.
 func (t *task) writeMeta(m Meta, durable bool) error {
 	s := t.store
-	s.mu.Lock()
-	made := t.made
-	s.mu.Unlock()
-	if !made {
+	if !t.isMade() {
 		t.mu.Lock()
 		t.meta = m
 		t.mu.Unlock()

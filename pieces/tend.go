@@ -26,7 +26,7 @@ func (s *Store) Tend(ctx context.Context, rate int64) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-free.C:
-			s.evict(func() shortage { return s.shortLocked(0, false) })
+			s.evict(func() shortage { return s.missingLocked(0, false) })
 			s.deliver()
 		case <-next.C:
 			wait := tendEvery

@@ -47,41 +47,58 @@ func (t *task) held() int64 {
 	return n
 }
 
-// Narrow makes the content one of which a window is kept, because the disk does
-// not take all of it.
-func (c *Content) Narrow() {
+// windowLocked makes room for a window of content with layout l that has some, and
+// returns how much it then has; ErrQuota where that would not be of use.
+func (s *Store) windowLocked(l Layout, has int64) (room int64, trash []string, err error) {
+	for room = Window(l); room > has; room /= 2 {
+		if trash, err = s.makeRoomLocked(room-has, true); err == nil || room/2 < leastPieces*l.PieceSize {
+			return room, trash, err
+		}
+	}
+	return has, nil, nil
+}
+
+// Narrow makes the content one of which a window is kept, because there is no room for
+// all of it, and ErrQuota where there is none for that.
+func (c *Content) Narrow() error {
 	s := c.store
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if c.IsWindow() || c.ended() != nil {
-		return
+		s.mu.Unlock()
+		return c.ended()
 	}
-	room := max(Window(c.layout), c.held())
-	s.used += room - c.room
-	c.room = room
-	c.mu.Lock()
-	c.meta.Window = true
-	c.mu.Unlock()
+	room, trash, err := s.windowLocked(c.layout, c.held()+c.coming)
+	if err == nil {
+		s.resizeLocked(c.task, room)
+		c.mu.Lock()
+		c.meta.Window = true
+		c.mu.Unlock()
+	}
+	s.mu.Unlock()
+	s.discard(trash)
+	if err != nil {
+		return fmt.Errorf("keep a window of %s: %w", c.id, err)
+	}
+	_ = c.change(func(*Meta) {}, false) // where that cannot be written, the next start finds a content in part
+	return nil
 }
 
 // wholeLocked makes t, of which a window is kept, one that is kept whole, unless
 // that is all that is asked for. ErrQuota when there is no room.
-func (s *Store) wholeLocked(t *task, window bool) (trash []string, err error) {
+func (s *Store) wholeLocked(t *task, window bool) error {
 	if window || !t.IsWindow() {
-		return nil, nil
+		return nil
 	}
 	t.pins++ // not to make room for itself
-	trash, err = s.makeRoomLocked(t.layout.Length-t.room, false)
+	_, err := s.shortLocked(t.layout.Length-t.room, false)
 	t.pins--
 	if err != nil {
-		return trash, err
+		return err
 	}
-	s.used += t.layout.Length - t.room
-	t.room = t.layout.Length
 	t.mu.Lock()
 	t.meta.Window = false
 	t.mu.Unlock()
-	return trash, nil
+	return nil
 }
 
 // Protect names the pieces that readers are about to need: those are not dropped.
@@ -99,7 +116,7 @@ func (c *Content) keepInWindow(f *os.File, i int, b []byte, d Digest) error {
 	if c.goodRun(i, 1) == 1 {
 		return nil
 	}
-	if n := c.reserve(int64(len(b))); n > 0 && !c.give(f, n) {
+	if n := c.widen(int64(len(b))); n > 0 && !c.give(f, n) {
 		return fmt.Errorf("%w: all pieces of the window are about to be read", ErrQuota)
 	}
 	write := func() error { return c.store.writeAt(f, b, c.layout.Offset(i)) }
@@ -113,18 +130,17 @@ func (c *Content) keepInWindow(f *os.File, i int, b []byte, d Digest) error {
 	return c.noteKept(f, i, d)
 }
 
-// reserve takes free room for n more bytes of a window, and returns how many are
+// widen takes free room for n more bytes of a window, and returns how many are
 // missing.
-func (c *Content) reserve(n int64) int64 {
+func (c *Content) widen(n int64) int64 {
 	s := c.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	missing := c.held() + n - c.room
-	if missing <= 0 || s.shortLocked(missing, true).any() {
+	if missing <= 0 || c.ended() != nil || s.missingLocked(missing, true).any() {
 		return max(0, missing)
 	}
-	s.used += missing
-	c.room += missing
+	s.resizeLocked(c.task, c.room+missing)
 	return 0
 }
 
@@ -238,11 +254,10 @@ func (c *Content) shrink() bool {
 	s := c.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	less := c.room - max(Window(c.layout), c.held())
-	if less <= 0 || c.ended() != nil || !c.IsWindow() {
+	room := max(Window(c.layout), c.held())
+	if room >= c.room || c.ended() != nil || !c.IsWindow() {
 		return false
 	}
-	s.used -= less
-	c.room -= less
+	s.resizeLocked(c.task, room)
 	return true
 }

@@ -68,7 +68,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 	}
 	for _, c := range []prometheus.Collector{
 		m.originBytes, m.uniqueBytes, m.sentBytes, m.crossingBytes, m.fetches, m.hosts, m.tasks, transfers, m.verifyFailures, m.staleTags, m.refused,
-		usage("damselfly_cache_bytes", "Bytes reserved by the contents kept.", func(u pieces.Usage) int64 { return u.Reserved }),
+		usage("damselfly_cache_bytes", "Bytes of the contents kept, and of what is being written.", func(u pieces.Usage) int64 { return u.Reserved }),
 		usage("damselfly_cache_limit_bytes", "Most bytes of content kept, 0 for no bound.", func(u pieces.Usage) int64 { return u.Quota }),
 		usage("damselfly_cache_evictions_total", "Contents evicted to make room.", func(u pieces.Usage) int64 { return int64(u.Evicted) }),
 		usage("damselfly_cache_full_total", "Writes for which the disk had no room.", func(u pieces.Usage) int64 { return int64(u.Full) }),
