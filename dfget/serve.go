@@ -31,7 +31,27 @@ type tickets struct {
 	mu            sync.Mutex // guards what follows
 	now, previous []ed25519.PublicKey
 	good          map[string]api.Ticket
+	told, since   time.Time // what the supernode's clock said, and when; zero when it says nothing
 }
+
+// tells takes in what the supernode's clock says, in milliseconds since 1970.
+func (t *tickets) tells(ms int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.told, t.since = time.UnixMilli(ms), time.Now()
+	if ms == 0 {
+		t.told = t.since // its own is the best there is
+	}
+}
+
+// clock is the supernode's, so that the host's own may be wrong.
+func (t *tickets) clock() time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.clockLocked()
+}
+
+func (t *tickets) clockLocked() time.Time { return t.told.Add(time.Since(t.since)) }
 
 // learn takes in the keys of a new session.
 func (t *tickets) learn(keys []ed25519.PublicKey) {
@@ -46,9 +66,10 @@ func (t *tickets) learn(keys []ed25519.PublicKey) {
 }
 
 // check returns a ticket that is good for a task.
-func (t *tickets) check(signed string, id pieces.TaskID, now time.Time) (api.Ticket, error) {
+func (t *tickets) check(signed string, id pieces.TaskID) (api.Ticket, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	now := t.clockLocked()
 	if k, ok := t.good[signed]; ok && k.Task == string(id) && now.Unix() < k.Expires {
 		return k, nil
 	}
@@ -97,7 +118,8 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 	if err != nil {
 		return &refused{http.StatusBadRequest, api.Error{Code: api.CodeBadRequest, Message: err.Error()}}
 	}
-	if err := p.admit(r, id); err != nil {
+	ticket, err := p.admit(r, id)
+	if err != nil {
 		return &refused{http.StatusUnauthorized, api.Error{Code: api.CodeUnauthorized, Message: err.Error()}}
 	}
 	c, err := p.store.Get(id)
@@ -134,23 +156,23 @@ func (p *Peer) content(w http.ResponseWriter, r *http.Request) *refused {
 	}
 	w.WriteHeader(status)
 	if r.Method != http.MethodHead {
-		p.sendRange(w, c, span.Offset, span.Length)
+		p.sendRange(w, c, span, time.Now().Add(ticket.Rest(p.tickets.clock())))
 	}
 	return nil
 }
 
 // admit tells whether who sends r may have a task: it shows a ticket that is its
 // own, and what not everybody may read goes to nobody in clear.
-func (p *Peer) admit(r *http.Request, id pieces.TaskID) error {
+func (p *Peer) admit(r *http.Request, id pieces.TaskID) (api.Ticket, error) {
 	who, sealed, err := p.guard.Of(r)
 	if err != nil {
-		return err
+		return api.Ticket{}, err
 	}
-	t, err := p.tickets.check(r.Header.Get(api.TicketHeader), id, time.Now())
+	t, err := p.tickets.check(r.Header.Get(api.TicketHeader), id)
 	if err != nil {
-		return fmt.Errorf("%w: join it at the supernode", err)
+		return t, fmt.Errorf("%w: join it at the supernode", err)
 	}
-	return t.Permits(who, sealed)
+	return t, t.Permits(who, sealed)
 }
 
 // holds tells whether all n bytes from off on are there and right, for which it
@@ -199,12 +221,17 @@ func (p *Peer) comes(id pieces.TaskID, i int) bool {
 	return false
 }
 
-// sendRange writes the range; a child that does not take it is cut off.
-func (p *Peer) sendRange(w http.ResponseWriter, c *pieces.Content, off, n int64) {
+// sendRange writes the range; a child that does not take it, by end at the latest, is
+// cut off.
+func (p *Peer) sendRange(w http.ResponseWriter, c *pieces.Content, span httprange.Range, end time.Time) {
 	control := http.NewResponseController(w)
 	defer func() { _ = control.SetWriteDeadline(time.Time{}) }() // where there is none, none was set
-	for n > 0 {
-		_ = control.SetWriteDeadline(time.Now().Add(sendTimeout))
+	for off, n := span.Offset, span.Length; n > 0; {
+		until := time.Now().Add(sendTimeout)
+		if end.Before(until) {
+			until = end
+		}
+		_ = control.SetWriteDeadline(until)
 		sent, err := c.CopyRange(w, off, min(n, sendStep))
 		p.metrics.sent.Add(float64(sent))
 		if err != nil {

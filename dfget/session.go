@@ -216,6 +216,7 @@ func (p *Peer) dial(ctx context.Context, base string) (*session, []ed25519.Publi
 	var keys []ed25519.PublicKey
 	if down.Welcome != nil {
 		keys = api.TicketKeys(down.Welcome.Keys)
+		p.tickets.tells(down.Welcome.Now)
 	}
 	switch w := down.Welcome; {
 	case err != nil:

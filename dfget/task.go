@@ -201,11 +201,16 @@ func (s *session) answerLocked(seq uint64, a answer) {
 func (p *Peer) granted(s *session, m api.Task) {
 	p.mu.Lock()
 	st := s.joins[m.Seq]
-	if t := s.nums[m.Num]; st == nil && t != nil && string(t.id) == m.Task {
-		t.ticket = m.Ticket
+	known := s.nums[m.Num]
+	if st == nil && known != nil && string(known.id) == m.Task {
+		known.ticket = m.Ticket
 	}
 	p.mu.Unlock()
 	if st == nil {
+		if m.Seq == 0 && m.Ticket == "" && known != nil && string(known.id) == m.Task {
+			p.log.Info("the supernode gives no more of a task", zap.String("task", m.Task))
+			p.giveUp(known)
+		}
 		return
 	}
 	t := st.task

@@ -20,6 +20,7 @@ const (
 	maxClosed   = 1 << 14
 	maxRefusals = 256         // their bodies take at most 16 MiB
 	proofTime   = time.Minute // for the requests of one check
+	awayLife    = time.Minute // of what is allowed while the registry is away
 	// awayAfter is how long a registry may think where there is an answer without it.
 	awayAfter = 2 * time.Second
 )
@@ -54,8 +55,9 @@ type Ledger interface {
 
 // Verdict is why a caller may read.
 type Verdict struct {
-	Public bool // no credentials are needed, also none of the configuration
-	Away   bool // the registry could not be asked, and what was so stays so
+	Public bool      // no credentials are needed, also none of the configuration
+	Away   bool      // the registry could not be asked, and what was so stays so
+	Until  time.Time // when the registry is to be asked again
 }
 
 // proof is the SHA-256 of what is read and of the credentials.
@@ -114,11 +116,20 @@ func (a *Access) Check(ctx context.Context, what Route, who Caller, held bool) (
 	err := a.find(ctx, c)
 	switch {
 	case err == nil:
-		return Verdict{Public: a.reads(c.Repo, Caller{}) && a.client.IsPublic(c.Repo.Registry, Caller{})}, nil
+		public := a.reads(c.Repo, Caller{}) && a.client.IsPublic(c.Repo.Registry, Caller{})
+		return Verdict{Public: public, Until: latest(a.until(c.Repo, c.who), a.now())}, nil
 	case known && !IsNo(err):
+		was.Until = a.now().Add(awayLife)
 		return was, nil
 	}
 	return Verdict{}, err
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 // remembers returns what holds while the registry is away, if anything does.
@@ -146,13 +157,16 @@ func IsNo(err error) bool {
 }
 
 // reads tells whether who is known to be a reader.
-func (a *Access) reads(repo Repository, who Caller) bool {
+func (a *Access) reads(repo Repository, who Caller) bool { return a.now().Before(a.until(repo, who)) }
+
+// until returns how long who is known to be a reader: the past where it is not.
+func (a *Access) until(repo Repository, who Caller) (end time.Time) {
 	for _, who := range []Caller{{}, who} {
-		if until, ok := a.readers.get(readerOf(repo, who)); ok && a.now().Before(until) {
-			return true
+		if until, ok := a.readers.get(readerOf(repo, who)); ok {
+			end = latest(end, until)
 		}
 	}
-	return false
+	return end
 }
 
 // find finds out what is not known: whether anyone may read, else whether the
@@ -292,6 +306,10 @@ func (a *Access) Proved(repo Repository, who Caller) {
 
 // Life is how long what an origin has said to c may be remembered.
 func (c Caller) Life(now time.Time) time.Duration { return min(c.left(now), proofLife) }
+
+// Lapsed tells that the caller's token has come to the end that it names itself: what
+// a registry says to it from then on is no word about its owner.
+func (c Caller) Lapsed(now time.Time) bool { return c.left(now) == 0 }
 
 // left is how long the caller's token says that it is good for: a JSON Web Token
 // names its end, and of others nobody knows more than whom they are for.

@@ -77,6 +77,12 @@ func newGuarded(t *testing.T, from ...Upstream) (*guarded, *Access) {
 	return g, newAccess(net.client(Config{Upstreams: from}).Client)
 }
 
+// why is v without its end.
+func why(v Verdict) Verdict {
+	v.Until = time.Time{}
+	return v
+}
+
 // jwt is a bearer token that nobody has signed, which ends at that time.
 func jwt(end time.Time) string {
 	claims := fmt.Sprintf(`{"sub":"alice","exp":%d}`, end.Unix())
@@ -147,7 +153,8 @@ func TestAccess(t *testing.T) {
 					before := g.asked.Load()
 					v, err := a.Check(t.Context(), Route{KindBlob, s.repo, s.ref}, s.who, s.held)
 					require.Equal(t, s.asked, g.asked.Load()-before, "requests in step %d", i)
-					require.Equal(t, Verdict{Public: s.public}, v, "step %d", i)
+					require.Equal(t, Verdict{Public: s.public}, why(v), "step %d", i)
+					require.LessOrEqual(t, time.Until(v.Until), proofLife, "step %d", i)
 					if s.status == 0 {
 						require.NoError(t, err, "step %d", i)
 						continue
@@ -169,7 +176,8 @@ func TestProved(t *testing.T) {
 		a.closed.put(repo, struct{}{}, proofLife)
 		v, err := a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{"Bearer other"}, true)
 		require.NoError(t, err)
-		require.Equal(t, Verdict{}, v)
+		require.Equal(t, Verdict{}, why(v))
+		require.Equal(t, time.Now().Add(proofLife), v.Until)
 		require.Zero(t, g.asked.Load())
 		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{}, true)
 		_ = refusalOf(t, err)
@@ -251,7 +259,8 @@ func TestAccessWhileAway(t *testing.T) {
 				for _, who := range []Caller{{}, good, {"Bearer bad"}} {
 					v, err := check(open, who, true)
 					require.NoError(t, err)
-					require.Equal(t, Verdict{Public: true, Away: true}, v)
+					require.Equal(t, Verdict{Public: true, Away: true}, why(v))
+					require.Equal(t, time.Now().Add(awayLife), v.Until)
 					_, err = check(open, who, false)
 					require.Error(t, err, "it may not have it")
 				}
@@ -268,7 +277,7 @@ func TestAccessWhileAway(t *testing.T) {
 				}
 				require.NoError(t, err)
 				require.NoError(t, soonErr)
-				require.Equal(t, Verdict{Away: true}, v)
+				require.Equal(t, Verdict{Away: true}, why(v))
 				<-time.After(5 * time.Minute)
 				_, err = check(closed, soon, true)
 				require.Error(t, err, "its token has ended")

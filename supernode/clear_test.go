@@ -65,7 +65,7 @@ func TestTicketKeysRotate(t *testing.T) {
 	second := ticket()
 	require.NotEqual(t, first, second)
 	for _, signed := range []string{first, second} {
-		_, err := r.keys.verify(signed, id)
+		_, err := r.keys.verify(signed, id, time.Now())
 		require.NoError(t, err)
 		_, err = api.VerifyTicket(known, signed, id, time.Now())
 		require.NoError(t, err)
@@ -74,7 +74,7 @@ func TestTicketKeysRotate(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, r.keys.keys, again.keys)
 	require.NoError(t, r.keys.rotate(1))
-	_, err = r.keys.verify(first, id)
+	_, err = r.keys.verify(first, id, time.Now())
 	require.ErrorIs(t, err, api.ErrTicket)
 
 	h := dial(t, r, "host")

@@ -63,6 +63,8 @@ type Config struct {
 	// StaleFor is how long after its last check a tag is still answered for
 	// while its registry cannot be reached.
 	StaleFor time.Duration
+	// Now is the clock by which rights and tickets end; nil is time.Now.
+	Now func() time.Time
 }
 
 // Default returns the configuration of a supernode that is told nothing.

@@ -41,7 +41,7 @@ func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task st
 	who, sealed, err := n.guard.Of(r)
 	var ticket api.Ticket
 	if err == nil {
-		ticket, err = n.keys.verify(r.Header.Get(api.TicketHeader), id)
+		ticket, err = n.keys.verify(r.Header.Get(api.TicketHeader), id, n.now())
 	}
 	if err == nil {
 		err = ticket.Permits(who, sealed)
@@ -85,6 +85,7 @@ func (n *Supernode) serveContent(w http.ResponseWriter, r *http.Request, task st
 	}
 	out := newSteady(w)
 	out.size, out.time = hostStep, hostTime
+	out.end = time.Now().Add(ticket.Rest(n.now()))
 	defer out.done()
 	sent, err := c.CopyRange(out, span.Offset, span.Length)
 	n.metrics.sentBytes.Add(float64(sent))
@@ -113,10 +114,11 @@ type steady struct {
 	control *http.ResponseController
 	size    int64 // of a step,
 	time    time.Duration
+	end     time.Time // of all, zero for none
 }
 
 func newSteady(w http.ResponseWriter) *steady {
-	return &steady{w, http.NewResponseController(w), stepSize, stepTime}
+	return &steady{w: w, control: http.NewResponseController(w), size: stepSize, time: stepTime}
 }
 
 func (s *steady) Write(p []byte) (int, error) {
@@ -156,7 +158,13 @@ func (s *steady) ReadFrom(r io.Reader) (int64, error) {
 
 // extend sets the time by which the next step must be taken. What cannot keep
 // time, as in tests, has none.
-func (s *steady) extend() { _ = s.control.SetWriteDeadline(time.Now().Add(s.time)) }
+func (s *steady) extend() {
+	until := time.Now().Add(s.time)
+	if !s.end.IsZero() {
+		until = earlier(until, s.end)
+	}
+	_ = s.control.SetWriteDeadline(until)
+}
 
 // done lets the connection have its time for the next request.
 func (s *steady) done() { _ = s.control.SetWriteDeadline(time.Time{}) }

@@ -11,21 +11,15 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
 )
 
-// later makes the supernode take it to be later than it is.
-func (r *testRegion) later() *atomic.Int64 {
-	r.t.Helper()
-	public, err := openNotes(r.root, "public", keepVersions)
-	require.NoError(r.t, err)
-	by := new(atomic.Int64)
-	r.access = registryproxy.NewAccess(r.client, ledger{public, r.log}, func() time.Time {
-		return time.Now().Add(time.Duration(by.Load()))
-	})
-	return by
-}
+// moved is a clock that is ahead of the real one by so much.
+type moved struct{ atomic.Int64 }
+
+func (m *moved) now() time.Time { return time.Now().Add(time.Duration(m.Load())) }
+
+func (m *moved) to(d time.Duration) { m.Store(int64(d)) }
 
 // away is a registry that is in trouble.
 func away(w http.ResponseWriter, _ *http.Request) bool {
@@ -135,8 +129,8 @@ func TestRevokedCredentialsEndWithinFiveMinutes(t *testing.T) {
 		}
 		return private("Basic other")(w, r)
 	})
-	r := start(t, h, t.TempDir(), nil)
-	by := r.later()
+	var by moved
+	r := start(t, h, t.TempDir(), func(c *Config) { c.Now = by.now })
 	paths := []string{v2("blobs", d), v2("manifests", "v1"), v2("manifests", md)}
 	statuses := func(who string) (all []int) {
 		for _, path := range paths {
@@ -153,10 +147,10 @@ func TestRevokedCredentialsEndWithinFiveMinutes(t *testing.T) {
 	require.Equal(t, yes, statuses("Basic other"))
 	revoked.Store(true)
 	asked := h.times("")
-	by.Store(int64(4*time.Minute + 30*time.Second))
+	by.to(4*time.Minute + 30*time.Second)
 	require.Equal(t, yes, statuses("Basic revoked"))
 	require.Equal(t, asked, h.times(""), "within five minutes the registry is not asked")
-	by.Store(int64(5*time.Minute + time.Second))
+	by.to(5*time.Minute + time.Second)
 	require.Equal(t, no, statuses("Basic revoked"))
 	require.Equal(t, yes, statuses("Basic other"))
 }
@@ -203,7 +197,8 @@ func TestReadersWhenTheRegistryIsAway(t *testing.T) {
 			b := newBytes(1 << 20)
 			d := h.blob(t, b)
 			h.manifest(t, []byte(`{"schemaVersion":2}`))
-			configure := func(c *Config) { c.Registries.Upstreams[0].ReadersWhenAway = life }
+			var by moved
+			configure := func(c *Config) { c.Registries.Upstreams[0].ReadersWhenAway, c.Now = life, by.now }
 			dir := t.TempDir()
 			r := start(t, h, dir, configure)
 			get := func(who string) int {
@@ -234,15 +229,14 @@ func TestReadersWhenTheRegistryIsAway(t *testing.T) {
 
 			h.misbehave(private("Basic good"))
 			r = start(t, h, dir, configure)
-			by := r.later()
 			require.Equal(t, 200, get("Basic good"))
 			h.misbehave(away)
-			by.Store(int64(20 * time.Minute))
+			by.to(20 * time.Minute)
 			want := map[time.Duration]int{0: 502, 30 * time.Minute: 200}[life]
 			require.Equal(t, want, get("Basic good"))
 			require.Equal(t, 502, get(""))
 			require.Equal(t, 502, get("Basic bad"))
-			by.Store(int64(31 * time.Minute))
+			by.to(31 * time.Minute)
 			require.Equal(t, 502, get("Basic good"))
 		})
 	}

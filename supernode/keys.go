@@ -131,8 +131,8 @@ func (k *ticketKeys) sign(t api.Ticket) (string, error) {
 	return api.SignTicket(k.keys[presentKey], t)
 }
 
-func (k *ticketKeys) verify(signed string, id pieces.TaskID) (api.Ticket, error) {
-	return api.VerifyTicket(k.public(), signed, id, time.Now())
+func (k *ticketKeys) verify(signed string, id pieces.TaskID, now time.Time) (api.Ticket, error) {
+	return api.VerifyTicket(k.public(), signed, id, now)
 }
 
 // tellKeys tells all hosts the keys of tickets anew.

@@ -10,9 +10,10 @@ import (
 type lease struct {
 	*pieces.Content        // pinned, to be released by the holder
 	fetch           *fetch // that fills it; nil when it is whole
-	public          bool   // anyone may read it
-	open            bool   // public, or had for a caller who did not say who it is
-	drops           int64  // origin.drops, when it was got
+	src             source
+	right
+	open  bool  // public, or had for a caller who did not say who it is
+	drops int64 // origin.drops, when it was got
 }
 
 // whole tells whether the last piece may be given away.
@@ -60,7 +61,7 @@ func (l *lease) verify() {
 
 // admit finds out whether the caller of src may read the content.
 func (l *lease) admit(ctx context.Context, src source) (err error) {
-	l.public, err = src.allowed(ctx, l.Content)
+	l.right, err = src.allowed(ctx, l.Content)
 	return err
 }
 

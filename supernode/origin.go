@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/singleflight"
@@ -45,6 +46,7 @@ type origin struct {
 	told     follower
 	metrics  *metrics
 	log      *zap.Logger
+	now      func() time.Time
 	slots    chan struct{}
 	wg       sync.WaitGroup // of the fetches
 
@@ -66,7 +68,7 @@ type origin struct {
 // caller will ask for what it wants by the lease's fetch, where that is sparse.
 func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, j api.Join) (*lease, error) {
 	for {
-		l := &lease{drops: o.drops.Load()}
+		l := &lease{src: src, right: right{until: o.now().Add(proofLife)}, drops: o.drops.Load()}
 		l.fetch = o.find(id)
 		if l.fetch == nil {
 			if l.Content = o.cached(id); l.Content != nil {

@@ -321,13 +321,11 @@ func (r *region) review(now time.Time) {
 		for _, m := range t.members {
 			m.tell(t)
 			if h := m.holds[t.id]; h == nil || h.have.Full() {
+				m.callers = nil
 				continue
 			}
 			t.needed = now
-			if now.Sub(m.ticketed) > api.TicketLife/2 {
-				m.ticketed = now
-				m.send(m.message(t, 0))
-			}
+			r.renew(now, t, m)
 		}
 		t.untold = false
 		if now.Sub(t.needed) > idleAfter {

@@ -170,7 +170,7 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		n.region.hostUp(s, hello)
 		keys := n.keys.wire()
 		s.send(message{size: 192, add: func(b *api.Down) {
-			b.Welcome = &api.Welcome{Version: api.Version, Keys: keys}
+			b.Welcome = &api.Welcome{Version: api.Version, Keys: keys, Now: n.now().UnixMilli()}
 		}})
 	})
 	var wg sync.WaitGroup
@@ -440,9 +440,9 @@ func (s *session) refuse(seq uint64, err error) {
 	s.send(message{size: size, add: func(b *api.Down) { b.Refused = append(b.Refused, a) }})
 }
 
-// ticket is the word that the host may read a task.
-func (s *session) ticket(id pieces.TaskID, open bool) string {
-	t := api.Ticket{Task: string(id), Host: cmp.Or(s.who, s.name), Expires: time.Now().Add(api.TicketLife).Unix(), Public: open}
+// ticket is the word that the host may read a task until then.
+func (s *session) ticket(id pieces.TaskID, open bool, until time.Time) string {
+	t := api.Ticket{Task: string(id), Host: cmp.Or(s.who, s.name), Expires: until.Unix(), Public: open}
 	signed, err := s.node.keys.sign(t)
 	if err != nil {
 		s.node.log.Error("ticket cannot be signed", zap.Error(err))
@@ -465,9 +465,12 @@ func (s *session) inline(c *pieces.Content, off, n int64) []byte {
 // message grants a join, or renews its ticket; the ticket is signed when it is sent.
 func (m *member) message(t *task, seq uint64) message {
 	task := api.Task{Seq: seq, Task: string(t.id), Num: int32(t.num), Layout: t.layout, Public: m.public, Sparse: t.sparse}
-	s, open := m.session, m.open
+	s, open, until := m.session, m.open, m.until.Add(api.TicketGrace)
+	if open {
+		until = s.node.now().Add(api.TicketLife)
+	}
 	return message{size: 512, first: true, add: func(b *api.Down) {
-		task.Ticket = s.ticket(t.id, open)
+		task.Ticket = s.ticket(t.id, open, until)
 		b.Task = append(b.Task, task)
 	}}
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
@@ -24,9 +25,12 @@ type source interface {
 	part(ctx context.Context, off, end int64) (*body, error)
 	// measure asks for the length, without the bytes.
 	measure(ctx context.Context) (*body, error)
-	// allowed returns nil when the caller may read c, which is cached, and
-	// whether anyone may; errChanged when c is no longer what the origin has.
-	allowed(ctx context.Context, c *pieces.Content) (public bool, err error)
+	// allowed returns nil when the caller may read c, which is cached;
+	// errChanged when c is no longer what the origin has.
+	allowed(ctx context.Context, c *pieces.Content) (right, error)
+	// lapsed tells that the credentials have ended as they said they would, or may
+	// have: the origin's no to them is none to the caller.
+	lapsed() bool
 	// opened notes that open has succeeded, so that the caller needs no other
 	// proof.
 	opened(b *body)
@@ -39,6 +43,12 @@ type source interface {
 	from() string
 	// key is the same for two sources that ask the same with the same credentials.
 	key() proof
+}
+
+// right is that a caller may read a content.
+type right struct {
+	public bool      // and anyone
+	until  time.Time // when the origin is to be asked again
 }
 
 // body is an origin's answer.
@@ -93,6 +103,7 @@ type registries struct {
 	client  *registryproxy.Client
 	access  *registryproxy.Access
 	metrics *metrics
+	now     func() time.Time
 }
 
 func (s *registrySource) open(ctx context.Context, off, length int64) (*body, error) {
@@ -165,22 +176,24 @@ func (r registries) manifest(ctx context.Context, repo registryproxy.Repository,
 
 // allowed asks the registry for what is not known: whether the caller may read the
 // repository, and whether that holds c.
-func (s *registrySource) allowed(ctx context.Context, c *pieces.Content) (bool, error) {
+func (s *registrySource) allowed(ctx context.Context, c *pieces.Content) (right, error) {
 	held := slices.Contains(c.Meta().Origins, s.name())
-	public, err := s.check(ctx, held || s.named)
+	may, err := s.check(ctx, held || s.named)
 	if err == nil && !held {
 		_ = c.AddOrigin(s.name()) // else it is asked again
 	}
-	return public, err
+	return may, err
 }
 
 // check asks the registry whether the caller may read it, which the repository is
 // known to hold or not.
-func (s *registrySource) check(ctx context.Context, held bool) (public bool, err error) {
+func (s *registrySource) check(ctx context.Context, held bool) (right, error) {
 	v, err := s.access.Check(ctx, s.route(), s.who, held)
 	s.away = s.away || v.Away
-	return v.Public, err
+	return right{v.Public, v.Until}, err
 }
+
+func (s *registrySource) lapsed() bool { return s.who.Lapsed(s.now()) }
 
 func (s *registrySource) opened(*body) { s.proved() }
 

@@ -69,6 +69,9 @@ func New(cfg Config, log *zap.Logger, reg Registry) (*Supernode, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
 	n := &Supernode{cfg: cfg, log: log}
 	n.sessions.All, n.sessions.Each = cfg.MaxHosts, cfg.AddressConnections
 	var err error
@@ -124,12 +127,12 @@ func (n *Supernode) open(reg Registry) (err error) {
 	if err != nil {
 		return err
 	}
-	n.registries = registries{client, registryproxy.NewAccess(client, ledger{public, n.log}, time.Now), n.metrics}
+	n.registries = registries{client, registryproxy.NewAccess(client, ledger{public, n.log}, n.cfg.Now), n.metrics, n.cfg.Now}
 	stall := n.cfg.Registries.StallTimeout
 	if stall == 0 {
 		stall = stallTimeout
 	}
-	n.web = newWeb(client, stall, n.cfg.TagFreshness, versions, n.log)
+	n.web = newWeb(n.registries, stall, n.cfg.TagFreshness, versions, n.log)
 	n.uploads.All, n.uploads.Each = uploadsAtOnce*n.cfg.UpLanes, uploadsOfOne*n.cfg.UpLanes
 	n.region = newRegion(n.cfg, n.log, n.metrics)
 	n.origin = n.newOrigin()
@@ -143,7 +146,7 @@ func (n *Supernode) open(reg Registry) (err error) {
 
 func (n *Supernode) newOrigin() *origin {
 	o := &origin{
-		ctx: n.ctx, store: n.store, root: n.root, quota: n.cfg.Quota, told: n.region, metrics: n.metrics, log: n.log,
+		ctx: n.ctx, store: n.store, root: n.root, quota: n.cfg.Quota, told: n.region, metrics: n.metrics, log: n.log, now: n.now,
 		slots:     make(chan struct{}, maxFetches),
 		running:   map[pieces.TaskID]*fetch{},
 		inherited: map[pieces.TaskID]int64{},

@@ -3,6 +3,7 @@ package supernode
 import (
 	"errors"
 	"maps"
+	"slices"
 	"time"
 
 	"damselfly.dev/pieces"
@@ -42,6 +43,11 @@ type member struct {
 	given    bool  // all of it with the answer to the join, and is none of the scheduler's
 	ticketed time.Time
 	told     int // how many of the task's order it has the digests of
+
+	callers []source  // for whom it has joined, the latest last; none once it has all
+	joined  time.Time // when it last did
+	until   time.Time // when the origin is to be asked again about them
+	asking  bool
 }
 
 // grant makes a host one of a task's members and answers its join, with data
@@ -71,7 +77,7 @@ func (r *region) grant(s *session, j api.Join, l *lease, data []byte) {
 		m = &member{session: s, ticketed: now, lazy: j.Lazy}
 		t.members[s.id] = m
 	}
-	m.public, m.open = l.public, l.open
+	m.entitle(l, now)
 	t.needed = now
 	if fresh && data != nil && r.gives(s, t, len(data)) {
 		m.given = true
@@ -97,6 +103,22 @@ func (r *region) grant(s *session, j api.Join, l *lease, data []byte) {
 		return
 	}
 	r.sched.Join(now, s.id, t.num, h.have)
+}
+
+// entitle notes for whom a host has joined.
+func (m *member) entitle(l *lease, now time.Time) {
+	m.public, m.open, m.joined = l.public, l.open, now
+	if l.until.After(m.until) {
+		m.until = l.until
+	}
+	if m.open {
+		return
+	}
+	key := l.src.key()
+	m.callers = slices.DeleteFunc(m.callers, func(s source) bool { return s.key() == key })
+	if m.callers = append(m.callers, l.src); len(m.callers) > maxSpares {
+		m.callers = m.callers[1:]
+	}
 }
 
 // gives tells whether a host that joins gets all n bytes of a small content with
@@ -162,6 +184,10 @@ func (r *region) deactivate(t *task) {
 
 // want notes what readers on a host wait for.
 func (r *region) want(now time.Time, s *session, t *task, w api.Want) {
+	m := t.members[s.id]
+	if m == nil {
+		return // who merely holds it gets none of it
+	}
 	asked := w.Runs(t.layout.Count())
 	runs := make([]scheduler.Run, len(asked))
 	var wants []int
@@ -171,14 +197,10 @@ func (r *region) want(now time.Time, s *session, t *task, w api.Want) {
 			wants = append(wants, a.First+i)
 		}
 	}
-	m := t.members[s.id]
-	if m != nil && w.Only && !m.lazy {
+	if w.Only && !m.lazy {
 		r.narrow(now, t, m)
 	}
 	r.sched.Want(now, s.id, t.num, runs...)
-	if m == nil {
-		return
-	}
 	if m.lazy || t.sparse {
 		t.demand(m, wants)
 	}

@@ -40,6 +40,7 @@ type web struct {
 	fresh  time.Duration // how long a URL's content is not checked again
 	seen   *notes
 	log    *zap.Logger
+	now    func() time.Time
 
 	mu     sync.Mutex // guards proofs
 	proofs map[proof]proved
@@ -49,8 +50,8 @@ type web struct {
 // without a digest stands for is told apart by note.Checked, when it was brought.
 type proved struct{ at, content time.Time }
 
-func newWeb(client *registryproxy.Client, stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
-	return &web{client: client, stall: stall, fresh: fresh, seen: seen, log: log, proofs: map[proof]proved{}}
+func newWeb(of registries, stall, fresh time.Duration, seen *notes, log *zap.Logger) *web {
+	return &web{client: of.client, stall: stall, fresh: fresh, seen: seen, log: log, now: of.now, proofs: map[proof]proved{}}
 }
 
 // redirect keeps the caller's header with the host it is for.
@@ -78,7 +79,7 @@ func redirect(to *http.Request, via []*http.Request) error {
 func (w *web) prove(p proof, content time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	now := time.Now()
+	now := w.now()
 	if len(w.proofs) >= maxProofs {
 		maps.DeleteFunc(w.proofs, func(_ proof, of proved) bool { return now.Sub(of.at) > proofLife })
 		if len(w.proofs) >= maxProofs {
@@ -88,13 +89,13 @@ func (w *web) prove(p proof, content time.Time) {
 	w.proofs[p] = proved{now, content}
 }
 
-// proved tells whether a request has succeeded within the time given, of that
-// content.
-func (w *web) proved(p proof, content time.Time, within time.Duration) bool {
+// proved returns when a request has succeeded, if that was within the time given
+// and of that content.
+func (w *web) proved(p proof, content time.Time, within time.Duration) (at time.Time, ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	of, ok := w.proofs[p]
-	return ok && of.content.Equal(content) && time.Since(of.at) < within
+	return of.at, ok && of.content.Equal(content) && w.now().Sub(of.at) < within
 }
 
 // urlSource is the content of a URL.
@@ -105,6 +106,7 @@ type urlSource struct {
 	header http.Header
 	proof  proof
 	own    bool // the request, or its signature, says who asks: others may be given something else
+	signed bool
 }
 
 // hopHeaders of a caller's request are not the origin's business.
@@ -125,7 +127,7 @@ func (w *web) source(id pieces.TaskID, o api.Origin) (*urlSource, error) {
 	if id.Content() == "" && named != id {
 		return nil, errors.New("the task's id is not that of the URL")
 	}
-	s := &urlSource{web: w, id: id, url: u, header: http.Header{}, own: len(without) > 0}
+	s := &urlSource{web: w, id: id, url: u, header: http.Header{}, own: len(without) > 0, signed: len(without) > 0}
 	parts, size := []string{"url", string(id), raw}, 0
 	for _, k := range slices.Sorted(maps.Keys(header)) {
 		name := textproto.CanonicalMIMEHeaderKey(k)
@@ -171,7 +173,7 @@ func (s *urlSource) opened(b *body) {
 		s.prove(s.proof, time.Time{})
 		return
 	}
-	now := note{Name: string(s.id), Version: b.version, Own: s.own, Checked: time.Now()}
+	now := note{Name: string(s.id), Version: b.version, Own: s.own, Checked: s.now()}
 	s.prove(s.proof, now.Checked)
 	if err := s.seen.put(now); err != nil {
 		s.log.Warn("version of a URL is not kept", zap.Error(err))
@@ -182,7 +184,7 @@ func (s *urlSource) opened(b *body) {
 // id does not say what the content is, whether it is still the same. A URL
 // without validators is fetched again when what there is of it is old, or may
 // be meant for who asked for it.
-func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error) {
+func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (right, error) {
 	named := s.id.Content() != ""
 	within := proofLife
 	var v note
@@ -192,28 +194,44 @@ func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (bool, error
 		v, known = s.seen.get(string(s.id))
 	}
 	caller := registryproxy.Caller{Authorization: s.header.Get("Authorization")}
-	if caller.Life(time.Now()) > 0 && s.proved(s.proof, v.Checked, within) {
-		return false, nil
+	now := s.now()
+	life := caller.Life(now)
+	if at, ok := s.proved(s.proof, v.Checked, within); ok && life > 0 {
+		return right{until: earlier(at.Add(proofLife), now.Add(life))}, nil
 	}
 	b, err := s.measure(ctx)
 	if err != nil {
-		return false, err
+		return right{}, err
 	}
 	other := b.length >= 0 && b.length != c.Layout().Length
 	switch {
 	case named && other:
-		return false, errOthers
+		return right{}, errOthers
 	case !known || !named && (other || v.Version != b.version || b.version == "" && !s.lasts(v)):
-		return false, errChanged
+		return right{}, errChanged
 	}
 	s.prove(s.proof, v.Checked)
-	return false, nil
+	return right{until: now.Add(life)}, nil
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// lapsed is also true of a URL that is signed: it ends some time, and does not say
+// when in one way.
+func (s *urlSource) lapsed() bool {
+	return s.signed || registryproxy.Caller{Authorization: s.header.Get("Authorization")}.Lapsed(s.now())
 }
 
 // lasts tells whether what a URL without validators gave is what it gives this
 // caller.
 func (s *urlSource) lasts(v note) bool {
-	return time.Since(v.Checked) <= proofLife && (!v.Own && !s.own || s.proved(s.proof, v.Checked, proofLife))
+	_, proved := s.proved(s.proof, v.Checked, proofLife)
+	return s.now().Sub(v.Checked) <= proofLife && (!v.Own && !s.own || proved)
 }
 
 func (s *urlSource) measure(ctx context.Context) (*body, error) {

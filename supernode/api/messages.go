@@ -71,6 +71,8 @@ type Welcome struct {
 	// the present and the next, so that every host knows a key before the first ticket
 	// of it. At most MaxKeys.
 	Keys [][]byte `cbor:"2,keyasint"`
+	// Now is the supernode's clock, in milliseconds since 1970: by it tickets end.
+	Now int64 `cbor:"3,keyasint,omitempty"`
 }
 
 // MaxKeys bounds the keys of tickets that a host remembers of a supernode.
@@ -203,7 +205,9 @@ type Leave struct {
 	Task string `cbor:"1,keyasint"`
 }
 
-// Task grants a Join, and (with Seq 0) renews the ticket of a task joined before.
+// Task grants a Join, and (with Seq 0) renews the ticket of a task joined before, or
+// with an empty one says that there is no more: the origin has refused all that the
+// host has joined it for.
 type Task struct {
 	Seq    uint64        `cbor:"1,keyasint,omitempty"`
 	Task   string        `cbor:"2,keyasint"`

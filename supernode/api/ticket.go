@@ -14,9 +14,16 @@ import (
 	"damselfly.dev/pieces"
 )
 
-// TicketLife is how long a ticket is good for; a host with a running task gets
-// a new one at half of it, so clocks may differ by that.
-const TicketLife = 10 * time.Minute
+const (
+	// TicketLife is how long a ticket is good for of what anyone may read; a host with
+	// a running task gets a new one at half of it.
+	TicketLife = 10 * time.Minute
+	// TicketGrace is how long a ticket of another task outlives the right to read it:
+	// for as long as the origin is asked again.
+	TicketGrace = 10 * time.Second
+	// TicketRest is how long an answer that has begun may go on past the ticket's end.
+	TicketRest = 30 * time.Second
+)
 
 // Ticket is a supernode's word that a host may read a task. Who serves pieces
 // asks for it on every request; it holds no credential of anybody.
@@ -47,6 +54,11 @@ func (t Ticket) Permits(host string, sealed bool) error {
 		return ErrClear
 	}
 	return nil
+}
+
+// Rest is how long an answer may take that t lets begin now.
+func (t Ticket) Rest(now time.Time) time.Duration {
+	return min(time.Unix(t.Expires, 0).Sub(now), TicketLife) + TicketRest
 }
 
 // SignTicket returns t in its signed form, safe in a header.
