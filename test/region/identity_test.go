@@ -11,7 +11,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/stretchr/testify/require"
@@ -20,6 +22,7 @@ import (
 	"damselfly.dev/dfdaemon"
 	"damselfly.dev/dfget"
 	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode"
 	"damselfly.dev/supernode/api"
 	"damselfly.dev/supernode/api/identity"
@@ -28,12 +31,95 @@ import (
 
 // A hostile host of the region, or none of it, gets no private piece with what it
 // can come by: no, an old, another task's or another host's ticket; and nobody who
-// is not of the region gets as far.
+// is not of the region gets as far. All the while a crowd pulls the same.
 func TestTicketsAreTheirHosts(t *testing.T) {
-	const secret = "Basic dXNlcjpwYXNz"
-	o := newOrigin(t)
-	push(t, o)
-	o.set(func() { o.secret = secret })
+	for kind, bearer := range map[string]bool{"a password": false, "a token": true} {
+		t.Run(kind, func(t *testing.T) {
+			d := startDebian(t, "127.0.0.1", bearer)
+			img := d.pushImage(t, "org/app", 2)
+			var clock moved
+			r := newSealed(t, d, &clock, 3)
+			layers, err := img.Layers()
+			require.NoError(t, err)
+			var digests []string
+			for _, l := range layers {
+				h, err := l.Digest()
+				require.NoError(t, err)
+				digests = append(digests, h.String())
+			}
+			first, second, secret := digests[0], digests[1], d.login(t, user, "org/app", "pull")
+			clock.to(-10 * time.Minute) // before anything else is remembered
+			old := ticketOf(t, r.centre, r.ids[2], first, secret)
+			clock.to(0)
+			stop := d.crowd(t, r.hosts[:2])
+			defer stop()
+			for _, h := range r.hosts[:2] {
+				require.Equal(t, http.StatusOK, (&engine{d: d, user: user, password: password}).pull(t, h, "org/app"))
+			}
+
+			mine := ticketOf(t, r.centre, r.ids[2], first, secret)
+			another := ticketOf(t, r.centre, r.ids[1], first, secret)
+			what, _, _ := strings.Cut(mine, ".")
+			_, signature, _ := strings.Cut(old, ".")
+			forged := what + "." + signature
+			stranger := certsOf(t, authority(t), "damselfly://host/0123")
+			for _, to := range []string{r.centre.address, r.hosts[0].peer, r.hosts[1].peer} {
+				for name, c := range map[string]struct {
+					by     *identity.Source
+					ticket string
+					want   int
+				}{
+					"its own":        {r.ids[2], mine, http.StatusPartialContent},
+					"none":           {r.ids[2], "", http.StatusUnauthorized},
+					"an old one":     {r.ids[2], old, http.StatusUnauthorized},
+					"another host's": {r.ids[2], another, http.StatusUnauthorized},
+					"another task's": {r.ids[2], ticketOf(t, r.centre, r.ids[2], second, secret), http.StatusUnauthorized},
+					"forged":         {r.ids[2], forged, http.StatusUnauthorized},
+				} {
+					require.Eventually(t, func() bool { // all places may be taken
+						got, err := piece(t, to, first, c.by, c.ticket)
+						require.NoError(t, err, "%s at %s", name, to)
+						if got != http.StatusServiceUnavailable {
+							require.Equal(t, c.want, got, "%s at %s", name, to)
+						}
+						return got == c.want
+					}, waitLimit, waitTick)
+				}
+				_, err := piece(t, to, first, stranger, mine)
+				require.ErrorContains(t, err, "tls", "a stranger's certificate at %s", to)
+				got, err := piece(t, to, first, nil, mine)
+				if to == r.centre.address { // which also serves who has no certificate, at /v2/
+					require.NoError(t, err)
+					require.Equal(t, http.StatusUnauthorized, got)
+				} else {
+					require.ErrorContains(t, err, "certificate required")
+				}
+			}
+			_, err = api.Dial(t.Context(), &http.Client{Transport: insecure(nil)}, r.centre.url())
+			require.ErrorContains(t, err, "401", "a session")
+			stop()
+			total, unique := r.centre.value(t, "damselfly_origin_bytes_total", ""), r.centre.value(t, "damselfly_unique_bytes_total", "")
+			require.InDelta(t, unique, total, 0, "the registry is asked once")
+		})
+	}
+}
+
+// moved is a clock that is ahead of the real one by so much.
+type moved struct{ atomic.Int64 }
+
+func (m *moved) now() time.Time { return time.Now().Add(time.Duration(m.Load())) }
+
+func (m *moved) to(d time.Duration) { m.Store(int64(d)) }
+
+// sealed is a region for a registry, over TLS, whose hosts came by a join token.
+type sealed struct {
+	centre *node
+	hosts  []*node
+	ids    []*identity.Source // the hosts' own
+}
+
+func newSealed(t *testing.T, d *debian, clock *moved, hosts int) *sealed {
+	t.Helper()
 	dir := filepath.Join(t.TempDir(), "ca")
 	ca, err := identity.CreateCA(dir)
 	require.NoError(t, err)
@@ -41,63 +127,18 @@ func TestTicketsAreTheirHosts(t *testing.T) {
 	require.NoError(t, err)
 	file := filepath.Join(t.TempDir(), "token")
 	require.NoError(t, os.WriteFile(file, []byte(token.Text()), 0o600))
-	centre := startSupernodeFor(t, registries(o), t.TempDir(), "", func(c *supernode.Config) { c.TLS, c.CA = "", dir })
-	hosts, ids := make([]*node, 3), make([]*identity.Source, 3)
-	for i := range hosts {
+	cfg := registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: d.url(), TLS: registryproxy.TLS{CA: d.cert}}}}
+	r := &sealed{centre: startSupernodeFor(t, cfg, t.TempDir(), "", func(c *supernode.Config) { c.TLS, c.CA, c.Now = "", dir, clock.now })}
+	for range hosts {
 		var data string
-		hosts[i] = startHostFor(t, registries(o), centre, nil, func(c *dfdaemon.Config) {
+		r.hosts = append(r.hosts, startHostFor(t, cfg, r.centre, nil, func(c *dfdaemon.Config) {
 			c.TLS, c.JoinToken, data = "", file, c.DataDir
-		})
-		ids[i], err = identity.FromDir(filepath.Join(data, "identity"), zaptest.NewLogger(t))
+		}))
+		id, err := identity.FromDir(filepath.Join(data, "identity"), zaptest.NewLogger(t))
 		require.NoError(t, err)
+		r.ids = append(r.ids, id)
 	}
-	var m struct{ Layers []struct{ Digest string } }
-	require.NoError(t, json.Unmarshal([]byte(get(t, hosts[0].url(), "/v2/org/app/manifests/v1", secret).body), &m))
-	for _, h := range hosts[:2] {
-		for _, l := range m.Layers {
-			require.Equal(t, http.StatusOK, get(t, h.url(), "/v2/org/app/blobs/"+l.Digest, secret).status)
-			require.Equal(t, http.StatusUnauthorized, get(t, h.url(), "/v2/org/app/blobs/"+l.Digest, "Basic d3Jvbmc=").status)
-		}
-		require.Zero(t, h.value(t, "damselfly_fallbacks_total", ""))
-	}
-	requireOnce(t, o, centre)
-
-	first, second := m.Layers[0].Digest, m.Layers[1].Digest
-	mine := ticketOf(t, centre, ids[2], first, secret)
-	another := ticketOf(t, centre, ids[1], first, secret)
-	at := []string{centre.address}
-	for _, h := range hosts[:2] {
-		at = append(at, h.peer)
-	}
-	stranger := certsOf(t, authority(t), "damselfly://host/0123")
-	for _, to := range at {
-		for name, c := range map[string]struct {
-			by     *identity.Source
-			ticket string
-			want   int
-		}{
-			"its own":        {ids[2], mine, http.StatusPartialContent},
-			"none":           {ids[2], "", http.StatusUnauthorized},
-			"another host's": {ids[2], another, http.StatusUnauthorized},
-			"another task's": {ids[2], ticketOf(t, centre, ids[2], second, secret), http.StatusUnauthorized},
-			"forged":         {ids[2], mine[:len(mine)-2] + "AA", http.StatusUnauthorized},
-		} {
-			got, err := piece(t, to, first, c.by, c.ticket)
-			require.NoError(t, err, "%s at %s", name, to)
-			require.Equal(t, c.want, got, "%s at %s", name, to)
-		}
-		_, err := piece(t, to, first, stranger, mine)
-		require.ErrorContains(t, err, "tls", "a stranger's certificate at %s", to)
-		got, err := piece(t, to, first, nil, mine)
-		if to == centre.address { // which also serves who has no certificate, at /v2/
-			require.NoError(t, err)
-			require.Equal(t, http.StatusUnauthorized, got)
-		} else {
-			require.ErrorContains(t, err, "certificate required")
-		}
-	}
-	_, err = api.Dial(t.Context(), &http.Client{Transport: insecure(nil)}, centre.url())
-	require.ErrorContains(t, err, "401", "a session")
+	return r
 }
 
 // ticketOf returns the ticket with which a host is granted a blob.

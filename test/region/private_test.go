@@ -297,7 +297,7 @@ func (d *debian) crowd(t *testing.T, hosts []*node) (stop func()) {
 			}
 		})
 	}
-	return func() { close(done); wg.Wait() }
+	return sync.OnceFunc(func() { close(done); wg.Wait() })
 }
 
 // Whoever may not read gets the registry's own no from the region, however asked for,
