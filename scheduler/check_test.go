@@ -160,10 +160,13 @@ func checkZone(t *task, z *zone) error {
 					if !tr.late && !tr.soon {
 						n++
 					}
-					if tr.link != nil && !tr.soon && p.host.up > 0 {
+					if tr.link != nil && !tr.soon && p.host.up > 0 && !p.host.doubted {
 						crossing++
 					}
 				}
+			}
+			if p.host.doubted {
+				n = 0
 			}
 			copies += n
 			if p.host.up > 0 {

@@ -62,6 +62,22 @@
 // So no event goes through all hosts. A search gives up after a few looks; who
 // was passed over stays in the rosters, and Tick comes back to it.
 //
+// # What is believed
+//
+// A host can lie about all it says. What it has got by a transfer counts as a copy
+// at once, what it says it has besides only when it has sent some: until then, and
+// after it has failed several children in a row, it is doubted (trust.go). No piece
+// counts as copied for it, so the seeds send its pieces as fresh; each child tries
+// one such parent at a time, when there is none better, and gives it up when it lags
+// instead of waiting beside a second one; and it rests ever longer. By what it sends
+// it is trusted again, each time by twice as much.
+//
+// Lanes that are claimed are used a few at a time, and more with each few pieces
+// (lent, taking). Who breaks what Soon promised is not believed to end soon (word).
+// Who was sent something and took nothing comes after all others (idles). Wrong
+// bytes, and failures, count for more, or at all, when a host reports them that has
+// itself sent something. sim.TestRogueHosts shows what comes of it.
+//
 // # Zones
 //
 // With the zone rule (Config.CrossOnce) every named zone of a task counts its own

@@ -17,9 +17,9 @@ func (s *Scheduler) HostUp(now time.Time, id HostID, spec Host) {
 		id: id, index: len(s.list), peers: map[TaskID]*peer{}, zone: spec.Zone, rack: spec.Rack, seed: spec.Seed,
 		up: min(max(spec.Up, 0), MaxLanes), down: min(max(spec.Down, 0), MaxLanes),
 	}
-	h.lent = h.up
+	h.lent, h.taking, h.word = min(h.up, firstLanes), min(h.down, firstLanes), firstWord
 	if h.seed {
-		h.down = 0
+		h.lent, h.down = h.up, 0
 	}
 	if s.cfg.CrossOnce && spec.Zone != "" {
 		h.link = s.links[spec.Zone]
@@ -142,11 +142,14 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 		p = t.add(h)
 		h.peers[task] = p
 	}
-	for i := range t.n {
-		switch {
-		case have.Has(i) && !p.have.has(i):
+	for i := range have.All() {
+		if !p.have.has(i) {
+			s.claims(h)
 			s.gain(p, i, nil)
-		case !have.Has(i) && p.have.has(i) && !p.promised(i):
+		}
+	}
+	for i := p.have.next(0); i >= 0; i = p.have.next(i + 1) {
+		if !have.Has(i) && !p.promised(i) {
 			s.lose(p, i)
 		}
 	}
@@ -160,11 +163,7 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 		if h.opens() {
 			p.zone.openers++
 		}
-		for i := range t.n {
-			if !p.coming(i) {
-				p.reopen(i)
-			}
-		}
+		p.needAll()
 	}
 	s.changed(p)
 }
@@ -187,6 +186,7 @@ func (s *Scheduler) Have(now time.Time, host HostID, task TaskID, first, count i
 	}
 	for i := first; i < first+count; i++ {
 		if !p.have.has(i) {
+			s.claims(p.host)
 			s.gain(p, i, nil)
 		}
 	}
@@ -257,6 +257,26 @@ func (p *peer) rethink(before bitset) {
 	}
 }
 
+// needAll makes all that p lacks, and that nothing brings, what it needs: by words,
+// since who joins and leaves in turn must not cost a task of many pieces each time.
+func (p *peer) needAll() {
+	for w := range p.need {
+		p.need[w] |= ^p.have[w]
+	}
+	if rest := p.task.n & 63; rest > 0 {
+		p.need[len(p.need)-1] &= 1<<rest - 1
+	}
+	for _, tr := range p.host.downs {
+		for left := tr.left; left != 0 && tr.child == p && !tr.reopened; left &= left - 1 {
+			p.need.clear(tr.first + bits.TrailingZeros64(left))
+		}
+	}
+	p.needs = 0
+	for _, word := range p.need {
+		p.needs += bits.OnesCount64(word)
+	}
+}
+
 // coming tells whether a transfer brings piece i to p that nothing else is to bring.
 func (p *peer) coming(i int) bool {
 	for _, tr := range p.host.downs {
@@ -290,7 +310,7 @@ func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int, a
 	s.measure(tr, piece, at)
 	child, parent := tr.child, tr.parent.host
 	child.host.delivered(at)
-	parent.succeeded(at)
+	s.succeeded(parent, at)
 	if child.have.has(piece) {
 		s.arrived(child, piece, tr)
 	} else {
@@ -306,7 +326,7 @@ func (s *Scheduler) Done(now time.Time, host HostID, id TransferID, piece int, a
 func (s *Scheduler) Soon(now time.Time, host HostID, id TransferID) {
 	s.clock(now)
 	tr := s.find(id)
-	if tr == nil || tr.child.host.id != host || tr.soon || tr.late {
+	if tr == nil || tr.child.host.id != host || tr.soon || tr.late || tr.child.host.word <= 0 {
 		return
 	}
 	child, parent := tr.child, tr.parent.host
@@ -333,6 +353,9 @@ func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failur
 		return
 	}
 	child, parent := tr.child.host, tr.parent.host
+	if tr.soon {
+		child.word -= broken
+	}
 	s.end(tr)
 	switch why {
 	case Busy:
@@ -342,6 +365,7 @@ func (s *Scheduler) Failed(now time.Time, host HostID, id TransferID, why Failur
 		s.shun(child, parent, goneFor)
 		s.blame(child, parent, parent.lent/2)
 	case Corrupt:
+		s.blame(child, parent, parent.lent/2)
 		s.accuse(child, parent)
 	}
 	s.undelivered(child)
@@ -457,10 +481,8 @@ func (s *Scheduler) detach(p *peer) {
 		p.zone.openers--
 	}
 	p.wants = false
-	for i := range t.n {
-		if p.have.has(i) {
-			p.lose(i)
-		}
+	for i := p.have.next(0); i >= 0; i = p.have.next(i + 1) {
+		p.lose(i)
 	}
 	t.remove(p)
 	delete(h.peers, t.id)

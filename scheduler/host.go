@@ -8,6 +8,7 @@ type host struct {
 	index      int // in Scheduler.list
 	up, down   int // configured lanes
 	lent       int // upload lanes it is trusted with now, 1 to up
+	taking     int // download lanes it is trusted with now, 1 to down
 	zone, rack string
 	link       *link // into its zone, with the rule
 	seed       bool
@@ -34,14 +35,20 @@ type host struct {
 	recvRests          time.Duration // nor to receive before this
 	resting            bool          // stands in Scheduler.resting
 	streak             int           // failed downloads since the last piece came in
-	misses             int           // failed uploads since the last piece went out
-	blamedBy           *host         // who reported the last failed upload
+	misses             int           // failed uploads since the last piece went out, those that count twice
+	blamers            []*host       // who reported them
 	successes          int           // pieces sent since lent last changed
 
 	shunned    []shun
 	accused    []*host // by this host, of wrong bytes
 	accusers   []*host
 	distrusted bool // it has accused too many to be believed
+
+	doubted bool // what it has, or is to get, are no copies until it has sent what it owes
+	shown   int  // pieces it has sent since it was last doubted, or ever
+	owes    int  // pieces to send until it is not doubted any more
+	word    int  // what it may break of its Soons until they are not believed
+	taken   int  // pieces that came to it since taking last changed
 }
 
 // How many transfers a host has at most for each of its lanes: one that runs and one
@@ -63,11 +70,11 @@ func (h *host) sends(now time.Duration, slow bool) bool {
 
 // receives is sends for downloads.
 func (h *host) receives(now time.Duration, slow bool) bool {
-	lanes := h.down
+	lanes := h.taking
 	if slow {
 		lanes = 1
 	}
-	return h.in-min(h.thinIn, h.down) < lanes && len(h.downs)-h.ending < most*h.down && h.ending < mostSoon*h.down && now >= h.recvRests
+	return h.in-min(h.thinIn, h.taking) < lanes && len(h.downs)-h.ending < most*h.taking && h.ending < mostSoon*h.taking && now >= h.recvRests
 }
 
 // crowded tells whether h has a lane free and no place for a transfer on it, for

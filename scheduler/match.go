@@ -61,7 +61,7 @@ func (s *Scheduler) open(h *host) {
 // lend gives h's free upload lanes to the hungry, task by task. What is left of
 // them can be found through the room of its tasks, those of seeds by feed.
 func (s *Scheduler) lend(h *host) {
-	for tries := len(h.offers); tries > 0 && s.sends(h); tries-- {
+	for tries := len(h.offers); tries > 0 && s.sends(h) && !h.doubted; tries-- {
 		p := h.offers[0]
 		copy(h.offers, h.offers[1:])
 		h.offers = h.offers[:len(h.offers)-1]

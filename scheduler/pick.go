@@ -53,7 +53,11 @@ func (s *Scheduler) childIn(z *zone, p *peer) *peer {
 	t := p.task
 	var best *peer
 	rank, found := 0, 0
-	at := s.rnd.IntN(len(t.peers))
+	slots := len(t.peers)
+	if h := p.host; len(h.ups) > h.out+h.leaving {
+		slots = t.all.peers // the first to come are no more likely than others: some of them are late
+	}
+	at := s.rnd.IntN(slots)
 	for range min(looks, t.hungry.n) {
 		if at = t.hungry.first(t.hungry.bitset, z.members, at); at < 0 {
 			break
@@ -69,6 +73,9 @@ func (s *Scheduler) childIn(z *zone, p *peer) *peer {
 		}
 		if r := s.childRank(c, p.host); best == nil || r > rank {
 			best, rank = c, r
+		}
+		if c.host.idles() {
+			continue // it is taken when there is no other
 		}
 		if found++; found == choices {
 			break
@@ -86,6 +93,9 @@ func (s *Scheduler) childRank(c *peer, parent *host) int {
 	rank := c.needs + near(c.host, parent)*rankUnit + class*8*rankUnit
 	if c.host.in == 0 {
 		rank += 4 * rankUnit
+	}
+	if !c.host.idles() {
+		rank += 512 * rankUnit
 	}
 	if !c.host.gets(parent) {
 		rank += 32 * rankUnit
@@ -134,6 +144,9 @@ func (s *Scheduler) parentRank(p, child *host) int {
 	rank := p.lent - p.out + near(p, child)*rankUnit
 	if !s.slow(p.sendRate) {
 		rank += 4 * rankUnit
+	}
+	if !p.doubted {
+		rank += 16 * rankUnit
 	}
 	if !child.gets(p) {
 		rank += 8 * rankUnit

@@ -147,19 +147,44 @@ func (s *Scheduler) lagging(tr *transfer) {
 	if c.lastRecv <= tr.since && p.lastSent > tr.since {
 		return
 	}
+	if p.doubted {
+		s.giveUp(tr)
+		return
+	}
 	p.sendRate.note(s.now-tr.since, tr.child.task.layout.PieceSize)
 	s.shun(c, p, goneFor)
+	if p.lastSent <= tr.since {
+		s.blame(c, p, p.lent/2)
+	}
 	s.second(tr)
 }
 
 // giveUp ends a transfer that brings nothing, so that it takes no place at its
-// parent any more. The child may only be slow: the next has more time.
+// parent any more. Where it is not the parent's fault the child may only be slow: the
+// next has more time.
 func (s *Scheduler) giveUp(tr *transfer) {
 	c, p := tr.child.host, tr.parent.host
-	if s.typical > 0 {
-		c.recvRate = max(c.recvRate, rate(s.now-tr.since)/rate(tr.child.task.layout.PieceSize))
+	if !tr.soon && p.lastSent <= tr.since && (c.lastRecv > tr.since || p.doubted) {
+		s.blame(c, p, p.lent/2)
+	} else {
+		s.fault(tr)
 	}
-	s.undelivered(c)
 	s.shun(c, p, goneFor)
 	s.cancel(tr)
+}
+
+// fault notes that it was the child that did not take what tr was to bring.
+func (s *Scheduler) fault(tr *transfer) {
+	c := tr.child.host
+	switch {
+	case tr.soon:
+		c.word -= broken
+	case s.typical > 0:
+		c.recvRate = max(c.recvRate, rate(s.now-tr.since)/rate(tr.child.task.layout.PieceSize))
+	}
+	c.taking, c.taken = max(c.taking/2, min(1, c.down)), 0
+	if c.lastRecv == 0 && s.typical > 0 { // it never took anything
+		c.streak = max(c.streak, c.patience())
+	}
+	s.undelivered(c)
 }

@@ -21,7 +21,7 @@ var rewrite = flag.Bool("rewrite", false, "write what the scripts in testdata gi
 // commands, a line of dashes, and what the scheduler decided. The commands:
 //
 //	rule           the zone rule is on; before the first host
-//	host ID [up=N] [down=N] [zone=Z] [rack=R] [seed]
+//	host ID [up=N] [down=N] [zone=Z] [rack=R] [seed] [new]; but for new ones they have sent a piece before
 //	down ID
 //	task ID PIECES
 //	drop TASK
@@ -162,6 +162,9 @@ func (r *script) command(name string, args []string) error {
 		up, _ := strconv.Atoi(option["up"])
 		down, _ := strconv.Atoi(option["down"])
 		s.HostUp(r.now, HostID(num(0)), Host{Up: up, Down: down, Zone: option["zone"], Rack: option["rack"], Seed: slices.Contains(args, "seed")})
+		if !slices.Contains(args, "new") {
+			s.hosts[HostID(num(0))].shown = 1
+		}
 	case "down":
 		s.HostDown(r.now, HostID(num(0)))
 	case "task":
@@ -295,6 +298,9 @@ func (r *script) show() {
 		}
 		if h.banned {
 			fmt.Fprint(&r.out, ", banned")
+		}
+		if h.doubted && !h.banned {
+			fmt.Fprint(&r.out, ", doubted")
 		}
 		if h.distrusted {
 			fmt.Fprint(&r.out, ", distrusted")

@@ -1,6 +1,7 @@
 package scheduler
 
 import (
+	"math/bits"
 	"slices"
 	"time"
 )
@@ -16,7 +17,14 @@ const (
 	maxRest = 8 * time.Second        // the longest rest of a host that fails with everybody
 
 	maxShuns = 32 // how many parents a host remembers to stay off
-	regained = 4  // pieces sent for one upload lane more
+	regained = 4  // pieces sent for one upload lane more, or got for one to get them on
+
+	firstLanes = 4   // each way, that a host is trusted with when it comes
+	firstDebt  = 4   // pieces that a doubted host sends to be trusted: so many the first time,
+	mostDebt   = 256 // twice as many each time after, and so many at most
+	mostBlame  = 4   // the misses in a row for which a host is doubted
+	firstWord  = 8   // what a host's word is worth: a piece adds 1,
+	broken     = 4   // and a Soon that was none takes so much
 )
 
 // A shun keeps a host off one parent for a while.
@@ -40,6 +48,9 @@ func (s *Scheduler) shuns(child, parent *host) bool {
 			return true
 		}
 	}
+	if parent.doubted && child.tries() {
+		return true
+	}
 	if !s.slow(child.recvRate) {
 		return false
 	}
@@ -50,6 +61,12 @@ func (s *Scheduler) shuns(child, parent *host) bool {
 		}
 	}
 	return slow >= max(1, parent.up/2)
+}
+
+// tries tells whether h gets something from a doubted host now: one at a time may
+// show it what it is.
+func (h *host) tries() bool {
+	return slices.ContainsFunc(h.downs, func(tr *transfer) bool { return tr.parent.host.doubted && !tr.soon })
 }
 
 func (s *Scheduler) shun(child, parent *host, d time.Duration) {
@@ -72,15 +89,71 @@ func (s *Scheduler) shun(child, parent *host, d time.Duration) {
 // delivered notes that h got a piece.
 func (h *host) delivered(now time.Duration) {
 	h.lastRecv, h.recvRests, h.streak = now, 0, 0
+	h.word = min(h.word+1, firstWord)
+	if h.taken++; h.taken >= regained && h.taking < h.down {
+		h.taking++
+		h.taken = 0
+	}
+}
+
+// claims notes that h says it has pieces that nobody sent it. Who has never sent one
+// has to show it.
+func (s *Scheduler) claims(h *host) {
+	if h.shown == 0 {
+		s.doubt(h)
+	}
+}
+
+// doubt makes what h has, or is to get, no copies, until it has sent some of it:
+// others get that from elsewhere, and seeds send it as fresh.
+func (s *Scheduler) doubt(h *host) {
+	if h.doubted || h.seed {
+		return
+	}
+	h.eachCopy(func(p *peer, i int) { p.dropCopy(i) })
+	h.doubted, h.shown = true, 0
+	h.owes = min(max(2*h.owes, firstDebt), mostDebt)
+	for _, p := range h.memberships() {
+		s.reseed(p.task)
+	}
+}
+
+// trust undoes doubt.
+func (s *Scheduler) trust(h *host) {
+	h.doubted = false
+	h.eachCopy(func(p *peer, i int) { p.addCopy(i) })
+}
+
+// eachCopy calls f for what h has and what is on the way to it, as far as that is
+// to be counted.
+func (h *host) eachCopy(f func(p *peer, i int)) {
+	for _, p := range h.peers {
+		for i := p.have.next(0); i >= 0; i = p.have.next(i + 1) {
+			f(p, i)
+		}
+	}
+	for _, tr := range h.downs {
+		for left := tr.left; left != 0 && !tr.late && !tr.soon; left &= left - 1 {
+			f(tr.child, tr.first+bits.TrailingZeros64(left))
+		}
+	}
 }
 
 // succeeded notes that h sent a piece: it gets back the lanes it lost by failures.
-func (h *host) succeeded(now time.Duration) {
-	h.lastSent, h.sendRests, h.misses = now, 0, 0
+func (s *Scheduler) succeeded(h *host, now time.Duration) {
+	h.lastSent, h.sendRests, h.misses, h.blamers = now, 0, 0, h.blamers[:0]
+	if h.shown++; h.doubted && !h.banned && h.shown >= h.owes {
+		s.trust(h)
+	}
 	if h.successes++; h.successes >= regained && h.lent < h.up {
 		h.lent++
 		h.successes = 0
 	}
+}
+
+// idles tells whether h has been sent something, and never took any.
+func (h *host) idles() bool {
+	return h.lastRecv == 0 && (h.streak > 0 || len(h.downs) > 0 && h.downs[0].late)
 }
 
 // patience is how many downloads in a row may fail before it is h that fails.
@@ -95,16 +168,27 @@ func (s *Scheduler) undelivered(h *host) {
 }
 
 // blame notes that child had no luck with parent, which is trusted with fewer
-// lanes for it, and rests when it fails with everybody. It takes more than one
-// child to blame it twice, and one that fails everywhere is not believed.
+// lanes for it, and rests when it fails with everybody. Each child counts once
+// until the parent has sent something again, twice if it has itself sent
+// something, and one that fails everywhere is not believed.
 func (s *Scheduler) blame(child, parent *host, lanes int) {
-	if parent.seed || parent.blamedBy == child || child.streak >= child.patience() {
+	if parent.seed || child.streak >= child.patience() || slices.Contains(parent.blamers, child) {
 		return
 	}
-	parent.blamedBy, parent.successes = child, 0
+	parent.successes = 0
 	parent.lent = max(lanes, min(1, parent.up))
-	if parent.misses++; parent.misses > 2 {
-		parent.sendRests = s.rest(parent, parent.misses-2)
+	if len(parent.blamers) == mostBlame {
+		parent.blamers = slices.Delete(parent.blamers, 0, 1)
+	}
+	parent.blamers = append(parent.blamers, child)
+	if parent.misses++; child.shown > 0 {
+		parent.misses++
+	}
+	if parent.misses >= mostBlame || parent.shown == 0 {
+		s.doubt(parent)
+	}
+	if parent.misses > mostBlame || parent.doubted {
+		parent.sendRests = s.rest(parent, max(parent.misses-mostBlame, 1))
 	}
 }
 
@@ -123,13 +207,14 @@ func (s *Scheduler) rest(h *host, nth int) time.Duration {
 // accuses many is not believed.
 func (s *Scheduler) accuse(child, parent *host) {
 	s.shun(child, parent, forever)
-	if parent.seed || child.distrusted || slices.Contains(parent.accusers, child) {
+	if parent.seed || child.distrusted || child.shown == 0 || slices.Contains(parent.accusers, child) {
 		return
 	}
 	parent.accusers = append(parent.accusers, child)
 	child.accused = append(child.accused, parent)
 	if len(parent.accusers) >= s.cfg.Accusers {
 		parent.banned = true
+		s.doubt(parent)
 		for len(parent.ups) > 0 {
 			s.cancel(parent.ups[0])
 		}

@@ -87,6 +87,9 @@ func (t *task) quit(p *peer) {
 
 // addCopy counts a copy of piece i that p has or that comes to it.
 func (p *peer) addCopy(i int) {
+	if p.host.doubted {
+		return
+	}
 	p.task.all.addCopy(i)
 	if z := p.zone; z.link != nil {
 		z.addCopy(i)
@@ -99,6 +102,9 @@ func (p *peer) addCopy(i int) {
 
 // dropCopy undoes addCopy. It tells whether there is none left where one was.
 func (p *peer) dropCopy(i int) bool {
+	if p.host.doubted {
+		return false
+	}
 	last := p.task.all.dropCopy(i)
 	if z := p.zone; z.link != nil {
 		last = z.dropCopy(i) || last

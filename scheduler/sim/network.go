@@ -137,7 +137,12 @@ func newNetwork(s Scenario) *network {
 		})
 	}
 	for i, h := range s.Hosts {
-		n.live(n.add(h, &n.result.Hosts[i]))
+		x := n.add(h, &n.result.Hosts[i])
+		if h.Rogue != "" {
+			n.intrude(x)
+			continue
+		}
+		n.live(x)
 	}
 	n.timers.set(0, n.tick)
 	return n
@@ -338,6 +343,10 @@ func (n *network) follow(d scheduler.Decision) {
 	}
 	f := &flow{d: d, to: x, from: n.nodes[d.Parent], piece: d.First, place: -1}
 	x.flows = append(x.flows, f)
+	if x.Rogue != "" {
+		n.cheat(f)
+		return
+	}
 	n.start(f)
 }
 
@@ -368,14 +377,21 @@ func (n *network) skip(f *flow) bool {
 	return true
 }
 
-func (n *network) fail(f *flow) {
-	n.report(func(now time.Time, n *network) { n.sched.Failed(now, f.to.id, f.d.Transfer, scheduler.Gone, 0) })
+func (n *network) fail(f *flow) { n.failed(f, scheduler.Gone) }
+
+// failed ends f and says why.
+func (n *network) failed(f *flow, why scheduler.Failure) {
+	n.report(func(now time.Time, n *network) { n.sched.Failed(now, f.to.id, f.d.Transfer, why, 0) })
 	n.stop(f)
 }
 
 // begin lets f flow: its first byte comes.
 func (n *network) begin(f *flow) {
 	if f.stopped {
+		return
+	}
+	if f.from.Rogue != "" && f.from.Rogue != Wrong {
+		n.deceive(f)
 		return
 	}
 	if !f.from.Seed && !f.there() {
@@ -464,6 +480,10 @@ func (n *network) arrived(f *flow) {
 		f.left, f.since, f.soon = max(f.left-f.rate*(n.now-f.since), 0), n.now, true
 		n.say(f.to, report{host: f.to.id, id: f.d.Transfer, piece: soon})
 		n.expect(f)
+		return
+	}
+	if f.from.Rogue == Wrong {
+		n.failed(f, scheduler.Corrupt)
 		return
 	}
 	x, size := f.to, n.Layout.Size(f.piece)

@@ -56,6 +56,7 @@ type Host struct {
 	Arrives          time.Duration // when it joins
 	Dies             time.Duration // at once and noticed by its peers; 0 is never
 	Hangs            time.Duration // its links stand still, and nobody is told; 0 is never
+	Rogue            Rogue         // what it does to harm the others, who alone are waited for
 }
 
 // Result is what became of a scenario.
@@ -163,7 +164,7 @@ func (s Scenario) bound() (time.Duration, Limit) {
 	atLeast(size/seeds, LimitSeed)
 	for _, h := range s.Hosts {
 		uplinks += h.Uplink
-		if h.Dies == 0 && h.Hangs == 0 {
+		if h.Dies == 0 && h.Hangs == 0 && h.Rogue == "" {
 			living++
 			atLeast(h.Arrives.Seconds()+size/h.Downlink, LimitDownlink)
 			zones[h.Zone] = true
