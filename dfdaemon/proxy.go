@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -20,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
+	"damselfly.dev/address"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
 )
@@ -80,12 +80,10 @@ func (c ProxyConfig) validateListen() error {
 	if c.Listen == "" {
 		return nil
 	}
-	host, _, err := net.SplitHostPort(c.Listen)
-	if err != nil {
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		return fmt.Errorf("%s %q: want host:port", proxyListen, c.Listen)
 	}
-	addr, err := netip.ParseAddr(host)
-	if loopback := host == "localhost" || err == nil && addr.IsLoopback(); !loopback && c.Users == "" {
+	if !address.IsLoopback(c.Listen) && c.Users == "" {
 		return fmt.Errorf("%s %q: a proxy that others reach needs proxy-users, or anyone could use it: or listen on 127.0.0.1", proxyListen, c.Listen)
 	}
 	return nil

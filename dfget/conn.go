@@ -5,13 +5,17 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
+	"damselfly.dev/address"
 	"damselfly.dev/pieces"
 )
 
@@ -42,7 +46,26 @@ type transport struct {
 }
 
 func newTransport(each int) *transport {
-	return &transport{each: each, dial: (&net.Dialer{Timeout: dialTimeout}).DialContext}
+	return &transport{each: each, dial: newDialer().DialContext}
+}
+
+// nearKey is, in the context of a dial to a parent, whether that may be on this machine.
+type nearKey struct{}
+
+// newDialer returns what connects a transport. What a parent's name stands for is judged
+// when it is connected to: no host is to be sent to what only it may ask.
+func newDialer() *net.Dialer {
+	return &net.Dialer{Timeout: dialTimeout, ControlContext: func(ctx context.Context, _, at string, _ syscall.RawConn) error {
+		near, parent := ctx.Value(nearKey{}).(bool)
+		if !parent {
+			return nil
+		}
+		a, err := netip.ParseAddrPort(at)
+		if err == nil && !address.IsAHost(a.Addr(), near) {
+			err = fmt.Errorf("%s is no other host's address: which host advertises it?", a.Addr())
+		}
+		return err
+	}}
 }
 
 // RoundTrip implements http.RoundTripper for requests without a body. Until the
@@ -97,14 +120,14 @@ func (t *transport) take(req *http.Request) (*link, error) {
 }
 
 func (t *transport) connect(req *http.Request) (net.Conn, error) {
-	address, port := req.URL.Host, "80"
+	at, port := req.URL.Host, "80"
 	if req.URL.Scheme == "https" {
 		port = "443"
 	}
 	if req.URL.Port() == "" {
-		address = net.JoinHostPort(req.URL.Hostname(), port)
+		at = net.JoinHostPort(req.URL.Hostname(), port)
 	}
-	conn, err := t.dial(req.Context(), "tcp", address)
+	conn, err := t.dial(req.Context(), "tcp", at)
 	if err != nil {
 		return nil, err
 	}

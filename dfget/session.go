@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
+	"damselfly.dev/address"
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 	"damselfly.dev/supernode/api/identity"
@@ -32,6 +33,7 @@ const (
 // session is one connection with a supernode, from the Welcome to its end.
 type session struct {
 	base   string
+	near   bool // the region may be all on this machine: then parents may be
 	sealed bool // nobody else can listen: what is private may be told
 	conn   *api.Conn[api.Down, api.Up]
 	life   context.Context // of Run: what is assigned may outlive the session
@@ -197,9 +199,10 @@ func (p *Peer) serve(ctx context.Context, base string) (stood bool, err error) {
 func (p *Peer) dial(ctx context.Context, base string) (*session, []ed25519.PublicKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
 	defer cancel()
-	sealed := p.cfg.ClearPrivate || strings.HasPrefix(base, "https:")
+	sealed, near := p.cfg.ClearPrivate || strings.HasPrefix(base, "https:"), false
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(c httptrace.GotConnInfo) {
-		sealed = sealed || identity.IsLoopback(c.Conn.RemoteAddr().String())
+		near = address.IsLoopback(c.Conn.RemoteAddr().String())
+		sealed = sealed || near
 	}})
 	conn, err := api.Dial(ctx, p.client, base)
 	if err != nil {
@@ -226,7 +229,8 @@ func (p *Peer) dial(ctx context.Context, base string) (*session, []ed25519.Publi
 		err = fmt.Errorf("the supernode at %s sent no key for tickets", base)
 	default:
 		return &session{
-			base: base, sealed: sealed, conn: conn, mu: &p.mu,
+			base: base, sealed: sealed, near: near && (strings.HasPrefix(p.cfg.Advertise, ":") || p.cfg.Advertise == "" || address.IsLoopback(p.cfg.Advertise)),
+			conn: conn, mu: &p.mu,
 			joins: make(map[uint64]*Stream), nums: make(map[int32]*task), running: make(map[uint64]*transfer),
 			wake: make(chan struct{}, 1),
 		}, keys, nil

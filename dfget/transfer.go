@@ -146,7 +146,11 @@ func (p *Peer) fetch(tr *transfer, first, n int) error {
 	off, end := l.Offset(first), l.Offset(first+n)
 	ctx, cancel := context.WithCancelCause(tr.ctx)
 	defer cancel(nil)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, tr.parent+api.ContentPath(tr.task.id), nil)
+	dial := ctx
+	if tr.source == sourcePeer {
+		dial = context.WithValue(ctx, nearKey{}, tr.session.near)
+	}
+	req, err := http.NewRequestWithContext(dial, http.MethodGet, tr.parent+api.ContentPath(tr.task.id), nil)
 	if err != nil {
 		return &failure{why: api.Gone, err: err}
 	}

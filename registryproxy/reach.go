@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"damselfly.dev/address"
 )
 
 // ReachError says that something is not asked on behalf of others.
@@ -55,15 +57,7 @@ var (
 	private = PrivateNetworks().must()
 	// reserved is what else nobody on the Internet has.
 	reserved = Networks{"0.0.0.0/8", "192.0.0.0/24", "198.18.0.0/15", "240.0.0.0/4", "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "fec0::/10"}.must()
-	wraps4   = Networks{"64:ff9b::/96", "2002::/16"}.must() // NAT64 and 6to4
 )
-
-// secrets are where clouds tell a machine its own credentials.
-var secrets = []netip.Addr{
-	netip.MustParseAddr("169.254.169.254"), netip.MustParseAddr("169.254.170.2"), netip.MustParseAddr("169.254.170.23"),
-	netip.MustParseAddr("100.100.100.200"), netip.MustParseAddr("168.63.129.16"), netip.MustParseAddr("192.0.0.192"),
-	netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("fd00:ec2::23"), netip.MustParseAddr("fd20:ce::254"),
-}
 
 // reach says what may be connected to on behalf of others, by the names that they
 // give and by the addresses that these have at the time of connecting, so that
@@ -139,13 +133,10 @@ func (r *reach) name(hosts ...string) (near bool, err error) {
 	return false, &ReachError{fmt.Sprintf("%.100q is none of the hosts that are asked here: --allow lists them, --registry and registries name more", hosts[0])}
 }
 
-// address returns why an address is not connected to, nil where it is.
-func (r *reach) address(a netip.Addr, near bool) error {
-	a = plainAddr(a)
-	secret, own := false, r.isOwn(a)
-	for _, s := range secrets {
-		secret = secret || a == s
-	}
+// judge returns why an address is not connected to, nil where it is.
+func (r *reach) judge(a netip.Addr, near bool) error {
+	a = address.Plain(a)
+	secret, own := address.IsSecret(a), r.isOwn(a)
 	for _, p := range r.addresses {
 		if p.Contains(a) && (p.IsSingleIP() || !secret && !own) {
 			return nil
@@ -179,20 +170,6 @@ func in(all []netip.Prefix, a netip.Addr) bool {
 	return false
 }
 
-// plainAddr is the address that is meant by one which wraps it: an IPv4 address in
-// one of IPv6, behind a NAT64 or by 6to4.
-func plainAddr(a netip.Addr) netip.Addr {
-	a = a.Unmap().WithZone("")
-	b := a.As16()
-	switch {
-	case wraps4[0].Contains(a):
-		return netip.AddrFrom4([4]byte(b[12:]))
-	case wraps4[1].Contains(a):
-		return netip.AddrFrom4([4]byte(b[2:6]))
-	}
-	return a
-}
-
 // isOwn tells whether a is one of this machine's addresses beside loopback.
 func (r *reach) isOwn(a netip.Addr) bool {
 	if a.IsLoopback() {
@@ -200,7 +177,7 @@ func (r *reach) isOwn(a netip.Addr) bool {
 	}
 	all, _ := r.own() // without any nothing is known of them
 	for _, o := range all {
-		if p, err := netip.ParsePrefix(o.String()); err == nil && plainAddr(p.Addr()) == a {
+		if p, err := netip.ParsePrefix(o.String()); err == nil && address.Plain(p.Addr()) == a {
 			return true
 		}
 	}
@@ -215,7 +192,7 @@ func (r *reach) dial(near bool, timeout time.Duration) func(ctx context.Context,
 		if err != nil {
 			return err
 		}
-		return r.address(a.Addr(), near)
+		return r.judge(a.Addr(), near)
 	}}
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		if key := strings.ToLower(addr); r.proxies[key] || near && r.configured[key] {
@@ -234,7 +211,7 @@ func (r *reach) proxy(near bool) func(*http.Request) (*url.URL, error) {
 			return u, err
 		}
 		if a, err := netip.ParseAddr(q.URL.Hostname()); err == nil {
-			if err := r.address(a, near); err != nil {
+			if err := r.judge(a, near); err != nil {
 				return nil, err
 			}
 		}

@@ -34,8 +34,8 @@ func TestAddresses(t *testing.T) {
 		"0.1.2.3": "no host's", "::7f00:1": "no host's", "192.0.0.1": "no host's",
 		"10.2.0.1": "private", "172.31.0.1": "private", "192.168.1.1": "private", "100.64.0.1": "private", "fc00::1": "private",
 	} {
-		err := r.address(netip.MustParseAddr(s), false)
-		near := r.address(netip.MustParseAddr(s), true)
+		err := r.judge(netip.MustParseAddr(s), false)
+		near := r.judge(netip.MustParseAddr(s), true)
 		if want == "" {
 			require.NoError(t, err, s)
 			require.NoError(t, near, s)

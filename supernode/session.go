@@ -17,11 +17,11 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
 
+	"damselfly.dev/address"
 	"damselfly.dev/pieces"
 	"damselfly.dev/registryproxy"
 	"damselfly.dev/scheduler"
 	"damselfly.dev/supernode/api"
-	"damselfly.dev/supernode/api/identity"
 )
 
 const (
@@ -233,14 +233,13 @@ func (s *session) hello(ctx context.Context) (*api.Hello, error) {
 // host is to be sent to what only it may ask.
 func reachable(host, remote string) bool {
 	if name := strings.ToLower(strings.TrimSuffix(host, ".")); name == "localhost" || strings.HasSuffix(name, ".localhost") {
-		return identity.IsLoopback(remote)
+		return address.IsLoopback(remote)
 	}
 	a, err := netip.ParseAddr(host)
 	if err != nil {
 		return true
 	}
-	a = a.Unmap()
-	return !a.IsUnspecified() && !a.IsMulticast() && !a.IsLinkLocalUnicast() && (!a.IsLoopback() || identity.IsLoopback(remote))
+	return address.IsAHost(a, address.IsLoopback(remote))
 }
 
 // read acts on what the host sends, until it goes.

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"damselfly.dev/address"
 )
 
 const (
@@ -131,10 +133,10 @@ func NamesThisHost(r *http.Request, names ...string) bool {
 
 // OfThisHost tells whether a request comes from the machine that answers it.
 func OfThisHost(r *http.Request) bool {
-	from, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil || from.Addr().Unmap().IsLoopback() {
-		return err == nil
+	if address.IsLoopback(r.RemoteAddr) {
+		return true
 	}
+	from, err := netip.ParseAddrPort(r.RemoteAddr)
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
-	return local != nil && from.Addr().Unmap() == local.AddrPort().Addr().Unmap()
+	return err == nil && local != nil && from.Addr().Unmap() == local.AddrPort().Addr().Unmap()
 }

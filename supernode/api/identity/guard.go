@@ -2,7 +2,8 @@ package identity
 
 import (
 	"net/http"
-	"net/netip"
+
+	"damselfly.dev/address"
 )
 
 // Guard judges who has come to a listener of a host or a supernode.
@@ -24,12 +25,5 @@ func (g Guard) Of(r *http.Request) (who string, sealed bool, err error) {
 
 // Sealed tells whether nobody else can listen.
 func (g Guard) Sealed(r *http.Request) bool {
-	return g.ClearPrivate || r.TLS != nil || IsLoopback(r.RemoteAddr)
-}
-
-// IsLoopback tells whether a connection's other end, as host:port, is on the
-// same host.
-func IsLoopback(addr string) bool {
-	a, err := netip.ParseAddrPort(addr)
-	return err == nil && a.Addr().Unmap().IsLoopback()
+	return g.ClearPrivate || r.TLS != nil || address.IsLoopback(r.RemoteAddr)
 }
