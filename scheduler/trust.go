@@ -142,7 +142,12 @@ func (h *host) eachCopy(f func(p *peer, i int)) {
 // succeeded notes that h sent a piece: it gets back the lanes it lost by failures.
 func (s *Scheduler) succeeded(h *host, now time.Duration) {
 	h.lastSent, h.sendRests, h.misses, h.blamers = now, 0, 0, h.blamers[:0]
-	if h.shown++; h.doubted && !h.banned && h.shown >= h.owes {
+	if h.shown++; h.shown == 1 {
+		for _, other := range h.accused {
+			s.judge(other)
+		}
+	}
+	if h.doubted && !h.banned && h.shown >= h.owes {
 		s.trust(h)
 	}
 	if h.successes++; h.successes >= regained && h.lent < h.up {
@@ -207,18 +212,12 @@ func (s *Scheduler) rest(h *host, nth int) time.Duration {
 // accuses many is not believed.
 func (s *Scheduler) accuse(child, parent *host) {
 	s.shun(child, parent, forever)
-	if parent.seed || child.distrusted || child.shown == 0 || slices.Contains(parent.accusers, child) {
+	if parent.seed || child.distrusted || slices.Contains(parent.accusers, child) {
 		return
 	}
 	parent.accusers = append(parent.accusers, child)
 	child.accused = append(child.accused, parent)
-	if len(parent.accusers) >= s.cfg.Accusers {
-		parent.banned = true
-		s.doubt(parent)
-		for len(parent.ups) > 0 {
-			s.cancel(parent.ups[0])
-		}
-	}
+	s.judge(parent)
 	alone := 0
 	for _, h := range child.accused {
 		if len(h.accusers) == 1 {
@@ -227,6 +226,25 @@ func (s *Scheduler) accuse(child, parent *host) {
 	}
 	if alone > s.cfg.Accusers {
 		s.distrust(child)
+	}
+}
+
+// judge bans h when enough say that it sent wrong bytes, of those who have themselves
+// sent something.
+func (s *Scheduler) judge(h *host) {
+	n := 0
+	for _, a := range h.accusers {
+		if a.shown > 0 {
+			n++
+		}
+	}
+	if h.banned || n < s.cfg.Accusers {
+		return
+	}
+	h.banned = true
+	s.doubt(h)
+	for len(h.ups) > 0 {
+		s.cancel(h.ups[0])
 	}
 }
 
