@@ -60,7 +60,9 @@ func (r *sealed) take(t *testing.T, who *identity.Source, d, authorization strin
 			}
 		}
 	}()
-	go func() { _ = conn.KeepAlive(t.Context(), func() { go func() { _ = conn.Write(t.Context(), api.Up{}) }() }) }()
+	go func() {
+		_ = conn.KeepAlive(t.Context(), func() { go func() { _ = conn.Write(t.Context(), api.Up{}) }() })
+	}()
 	k.last = <-k.tickets
 	return k
 }
