@@ -1,6 +1,7 @@
 package region_test
 
 import (
+	"cmp"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/tls"
@@ -221,6 +222,7 @@ type engine struct {
 	d              *debian
 	user, password string // "" for no login
 	authorization  string // what it has come by
+	registry       string // as it is named, "" for registryName
 }
 
 // get asks a mirror, and logs in when it has to.
@@ -255,7 +257,8 @@ func (e *engine) get(t *testing.T, at string) said {
 func (e *engine) pull(t *testing.T, host *node, repo string) int {
 	t.Helper()
 	at := host.url() + "/v2/" + repo
-	m := e.get(t, at+"/manifests/v1?ns="+registryName)
+	ns := "?ns=" + cmp.Or(e.registry, registryName)
+	m := e.get(t, at+"/manifests/v1"+ns)
 	if m.status != http.StatusOK {
 		return m.status
 	}
@@ -270,7 +273,7 @@ func (e *engine) pull(t *testing.T, host *node, repo string) int {
 		blobs = append(blobs, l.Digest)
 	}
 	for _, d := range blobs {
-		b := e.get(t, at+"/blobs/"+d.String()+"?ns="+registryName)
+		b := e.get(t, at+"/blobs/"+d.String()+ns)
 		if b.status != http.StatusOK {
 			return b.status
 		}
@@ -322,7 +325,7 @@ func (d *debian) pullAs(t *testing.T, from registryproxy.Upstream, host, repo st
 	t.Helper()
 	cfg := reachable(registryproxy.Config{Upstreams: []registryproxy.Upstream{from}})
 	centre := startSupernodeFor(t, cfg, t.TempDir(), net.JoinHostPort(host, "0"))
-	logins := [3]engine{{d, user, password, ""}, {d, user, "wrong", ""}, {d, "", "", ""}}
+	logins := [3]engine{{d: d, user: user, password: password}, {d: d, user: user, password: "wrong"}, {d: d}}
 	for range 2 {
 		h := startHostFor(t, cfg, centre, nil)
 		for i, e := range logins {
