@@ -246,6 +246,7 @@ func (r *region) up(s *session, up *api.Up) {
 		r.done(now, s, d)
 	}
 	for _, id := range up.Soon {
+		s.known(scheduler.TransferID(id))
 		r.sched.Soon(now, s.id, scheduler.TransferID(id))
 	}
 	for _, f := range up.Failed {

@@ -290,22 +290,73 @@ func TestFloodOfJoins(t *testing.T) {
 	d := h.blob(t, b)
 	r := start(t, h, t.TempDir(), nil)
 	flood, honest := dial(t, r, "flood"), dial(t, r, "honest")
-	const joins = joinsAtOnce + 500
-	for i := range joins {
-		flood.ask(digest.FromString(fmt.Sprint(i)).String(), from(""))
+	joins := 0
+	batch := make([]api.Join, 500)
+	more := func() error {
+		for i := range batch {
+			joins++
+			batch[i] = api.Join{Seq: 1<<32 + uint64(joins), Task: digest.FromString(fmt.Sprint(joins)).String(), Origin: from("")}
+		}
+		return flood.conn.Write(context.Background(), api.Up{Join: batch})
 	}
+	for joins < joinsAtOnce+maxOver {
+		require.NoError(t, more())
+	}
+	flood.await("a no", func() bool { return flood.hearsLocked(errTooMany) })
 	_, no := honest.join(d, from(""))
 	require.Nil(t, no)
 	require.Equal(t, hexOf(b), hexOf(honest.content(d)))
-	flood.await("a join that is one too many", func() bool { // the last one may have come when there was room again
-		for _, no := range flood.refused {
-			if !no.Final && strings.Contains(no.Reason, errTooMany.Error()) {
-				return true
-			}
-		}
-		return false
-	})
 	require.Less(t, h.times(""), joins)
+	for more() == nil { // until it has no session any more
+	}
+	<-flood.gone
+}
+
+// Who reports ever more of transfers that are none of its loses its session; one that
+// says so of a few does not.
+func TestFloodOfReports(t *testing.T) {
+	h := newHub(t)
+	d := h.blob(t, newBytes(1<<20))
+	r := start(t, h, t.TempDir(), nil)
+	flood, honest := dial(t, r, "flood"), dial(t, r, "honest")
+	say := func(n int) error {
+		return flood.conn.Write(context.Background(), api.Up{Soon: make([]uint64, n), Done: make([]api.Done, n), Failed: make([]api.Failed, n)})
+	}
+	require.NoError(t, say(100))
+	_, no := flood.join(d, from(""))
+	require.Nil(t, no)
+	require.NotEmpty(t, flood.content(d))
+	require.NoError(t, say(maxStrays))
+	<-flood.gone
+	_, no = honest.join(d, from(""))
+	require.Nil(t, no)
+	require.NotEmpty(t, honest.content(d))
+}
+
+func TestFloodsAreBarredForAWhile(t *testing.T) {
+	var f floods
+	now := time.Now()
+	require.False(t, f.bars("10.0.0.1", now))
+	f.note("10.0.0.1", now)
+	require.True(t, f.bars("10.0.0.1", now.Add(barredFor-1)))
+	require.False(t, f.bars("10.0.0.2", now))
+	require.False(t, f.bars("10.0.0.1", now.Add(barredFor)))
+	for i := range 2 * maxBarred {
+		f.note(fmt.Sprint(i), now)
+	}
+	require.Len(t, f.until, maxBarred)
+	f.note("a", now.Add(2*barredFor))
+	require.Len(t, f.until, 1)
+}
+
+// hearsLocked tells whether some join has been refused for now, for that reason.
+func (h *host) hearsLocked(why error) bool {
+	for _, no := range h.refused {
+		if !no.Final && strings.Contains(no.Reason, why.Error()) {
+			return true
+		}
+	}
+	return false
 }
 
 // What a host may say is counted by what it takes to act on it.

@@ -34,7 +34,7 @@ const (
 	// time one host can take: the many small layers of some images, and all it was at
 	// after a reconnect.
 	joinsPerSecond = 100
-	joinsAtOnce    = 2000
+	joinsAtOnce    = 1000
 	maxQueued      = 16 << 20         // bytes waiting for a slow reader, roughly
 	maxUsed        = 4                // places in a queue that is used again
 	frameSize      = api.MaxFrame / 2 // bounds one message
@@ -74,6 +74,7 @@ type session struct {
 	holds     map[pieces.TaskID]*holding
 	heldBytes int
 	transfers map[scheduler.TransferID]transfer
+	strays    int // reports of no transfer of its
 
 	mu      sync.Mutex // guards what follows
 	queue   []message
@@ -139,6 +140,11 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer n.sessions.Leave(api.Neighbour(r.RemoteAddr))
+	if n.floods.bars(api.Neighbour(r.RemoteAddr), time.Now()) {
+		n.metrics.refused.Inc()
+		writeError(w, http.StatusServiceUnavailable, api.CodeTooManyHosts, "a session from this address has just ended for what it said at once: come back in some seconds")
+		return
+	}
 	conn, err := api.Accept(w, r)
 	if err != nil {
 		return
@@ -176,6 +182,9 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	var wg sync.WaitGroup
 	cancel(s.read(ctx, &wg))
 	n.region.do(func() { n.region.hostDown(s) })
+	if from := api.Neighbour(s.remote); errors.Is(context.Cause(ctx), errFlood) && from != "" {
+		n.floods.note(from, time.Now())
+	}
 	n.log.Info("session ends", zap.String("host", s.name), zap.Error(context.Cause(ctx)))
 	wg.Wait()
 	s.stop()
@@ -246,6 +255,7 @@ func reachable(host, remote string) bool {
 func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 	limit := rate.NewLimiter(itemsPerSecond, itemsAtOnce)
 	joinLimit := rate.NewLimiter(joinsPerSecond, joinsAtOnce)
+	over := 0
 	for {
 		up, err := s.conn.Read(context.Background()) // hangUp ends it
 		if err != nil {
@@ -262,6 +272,9 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 		s.node.region.post(event{session: s, up: &up})
 		for _, j := range joins {
 			if !joinLimit.Allow() {
+				if over++; over > maxOver {
+					return errFlood
+				}
 				s.refuse(j.Seq, errTooMany)
 				continue
 			}
@@ -288,7 +301,7 @@ func items(up *api.Up) int {
 		}
 	}
 	for _, h := range up.Hold {
-		n += 1 + len(h.Have)/16
+		n += 1 + len(h.Have)/4
 	}
 	return n
 }

@@ -52,6 +52,7 @@ type Supernode struct {
 	rights   *rights
 	uploads  api.Gate // those to hosts, by the host's id
 	sessions api.Gate
+	floods   floods
 	draining atomic.Bool // no new work is taken
 	engine   *gin.Engine
 	ctx      context.Context // of fetches and sessions
@@ -146,7 +147,7 @@ func (n *Supernode) open(reg Registry) (err error) {
 
 func (n *Supernode) newOrigin() *origin {
 	o := &origin{
-		ctx: n.ctx, store: n.store, root: n.root, quota: n.cfg.Quota, told: n.region, metrics: n.metrics, log: n.log, now: n.now,
+		ctx: n.ctx, store: n.store, root: n.root, quota: n.cfg.Quota, keepFree: n.cfg.KeepFree, told: n.region, metrics: n.metrics, log: n.log, now: n.now,
 		slots:     make(chan struct{}, maxFetches),
 		running:   map[pieces.TaskID]*fetch{},
 		inherited: map[pieces.TaskID]int64{},

@@ -64,10 +64,25 @@ func (r *region) decide() {
 	}
 }
 
+// known returns the host's transfer with this id, if it has one. Reports and
+// cancellations cross, but who reports ever more of none loses its session.
+func (s *session) known(id scheduler.TransferID) (transfer, bool) {
+	tr, ok := s.transfers[id]
+	switch {
+	case ok:
+		s.strays = max(s.strays-1, 0)
+	default:
+		if s.strays++; s.strays > maxStrays {
+			s.end(errFlood)
+		}
+	}
+	return tr, ok
+}
+
 // done notes a piece that has come.
 func (r *region) done(now time.Time, s *session, d api.Done) {
 	id, piece := scheduler.TransferID(d.Transfer), d.Piece
-	tr, ok := s.transfers[id]
+	tr, ok := s.known(id)
 	if !ok || piece < tr.first || piece >= tr.first+tr.count {
 		return
 	}
@@ -101,7 +116,7 @@ var failures = map[api.Failure]struct {
 func (r *region) failed(now time.Time, s *session, f api.Failed) {
 	id := scheduler.TransferID(f.Transfer)
 	why, known := failures[f.Why]
-	tr, ok := s.transfers[id]
+	tr, ok := s.known(id)
 	if !ok || !known {
 		return
 	}
