@@ -130,7 +130,7 @@ func (p *Peer) report(s *session, m message) {
 // keepSession opens one session after another until ctx ends.
 func (p *Peer) keepSession(ctx context.Context) error {
 	pause := minBackOff
-	warned := make(map[string]bool)
+	warned := make(map[string]string)
 	for len(p.cfg.Supernodes) > 0 {
 		for _, base := range p.cfg.Supernodes {
 			began := time.Now()
@@ -138,9 +138,9 @@ func (p *Peer) keepSession(ctx context.Context) error {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			if (stood || !warned[base]) && !errors.Is(err, identity.ErrNone) { // not again for every attempt
+			if why := root(err); (stood || warned[base] != why) && !errors.Is(err, identity.ErrNone) { // not again for every attempt
 				p.log.Warn("no session with the supernode", zap.String("supernode", base), zap.Error(err))
-				warned[base] = true
+				warned[base] = why
 			}
 			if time.Since(began) > maxBackOff {
 				pause = minBackOff
@@ -158,6 +158,17 @@ func (p *Peer) keepSession(ctx context.Context) error {
 	}
 	<-ctx.Done()
 	return context.Cause(ctx)
+}
+
+// root is what err comes from: what is said around it has ports that change.
+func root(err error) string {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			return err.Error()
+		}
+		err = inner
+	}
 }
 
 // serve opens a session with one supernode and follows it to its end. It tells
@@ -205,6 +216,9 @@ func (p *Peer) dial(ctx context.Context, base string) (*session, []ed25519.Publi
 		sealed = sealed || near
 	}})
 	conn, err := api.Dial(ctx, p.client, base)
+	if err != nil && strings.HasPrefix(base, "https:") && p.cfg.Identity == nil {
+		err = fmt.Errorf("%w (a supernode at https:// wants a certificate: give --tls, or --join-token)", err)
+	}
 	if err != nil {
 		return nil, nil, err
 	}

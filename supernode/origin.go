@@ -42,6 +42,7 @@ type origin struct {
 	store    *pieces.Store
 	root     *os.Root
 	quota    int64
+	keepFree int64        // bytes of the file system
 	spooling atomic.Int64 // bytes of contents whose length nobody tells
 	told     follower
 	metrics  *metrics

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+	"sync/atomic"
 
 	"github.com/gin-gonic/gin"
 	"go.uber.org/zap"
@@ -114,6 +115,19 @@ func parseHolder(f []string) (h holder, ok bool) {
 type rights struct {
 	file *registryproxy.File[[]holder] // nil for none
 	log  *zap.Logger
+	said atomic.Value // string: why the file could not be read when that was last tried
+}
+
+// changed returns why the file cannot be read, "" where that has been said.
+func (g *rights) changed(err error) string {
+	why := ""
+	if err != nil {
+		why = err.Error()
+	}
+	if g.said.Swap(why) == why {
+		return ""
+	}
+	return why
 }
 
 func openRights(path string, log *zap.Logger) (*rights, error) {
@@ -124,14 +138,14 @@ func openRights(path string, log *zap.Logger) (*rights, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tokens: %w", err)
 	}
-	return &rights{file, log}, nil
+	return &rights{file: file, log: log}, nil
 }
 
 // holder returns whose token it is. Each line is compared with, in the same time.
 func (g *rights) holder(token string) (holder, bool) {
 	all, err := g.file.Get()
-	if err != nil {
-		g.log.Error("tokens cannot be read: those of before count, if there are any", zap.Error(err))
+	if why := g.changed(err); why != "" {
+		g.log.Error("tokens cannot be read: those of before count, if there are any", zap.String("error", why))
 	}
 	sum := sha256.Sum256([]byte(token))
 	var found holder

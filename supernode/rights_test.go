@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
@@ -140,4 +141,26 @@ func FuzzTokens(f *testing.F) {
 			require.Contains(t, []Role{RoleRead, RoleAdmin}, h.role)
 		}
 	})
+}
+
+// A file of tokens that is gone is told of once, and again when that changes.
+func TestLostTokensAreToldOfOnce(t *testing.T) {
+	core, logs := observer.New(zap.ErrorLevel)
+	_, line, err := NewToken("ci", RoleRead)
+	require.NoError(t, err)
+	file := filepath.Join(t.TempDir(), "tokens")
+	write := func() { require.NoError(t, os.WriteFile(file, []byte(line+"\n"), 0o600)) }
+	write()
+	g, err := openRights(file, zap.New(core))
+	require.NoError(t, err)
+	for i := range 3 {
+		require.NoError(t, os.Remove(file))
+		for range 5 {
+			_, ok := g.holder("x")
+			require.False(t, ok)
+		}
+		require.Len(t, logs.All(), i+1)
+		write()
+		g.holder("x")
+	}
 }

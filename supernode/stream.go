@@ -217,7 +217,7 @@ func (f *spooled) Close() error {
 }
 
 // room is how much more there may be now of a content without a length: the quota
-// bounds it, and all of them take at most half of what the disk has free.
+// bounds it, and all of them take at most half of what the disk has free for the store.
 func (o *origin) room(f *spooled) (int64, error) {
 	limit := int64(maxSpool)
 	if o.quota > 0 {
@@ -227,7 +227,8 @@ func (o *origin) room(f *spooled) (int64, error) {
 	if err := syscall.Fstatfs(int(f.Fd()), &disk); err != nil {
 		return 0, err
 	}
-	free := int64(disk.Bavail) * int64(disk.Bsize) //nolint:unconvert // other systems have other types
+	block := int64(disk.Bsize) //nolint:unconvert // other systems have other types
+	free := int64(disk.Bavail)*block - min(o.keepFree, int64(disk.Blocks)*block/2)
 	if all := o.spooling.Load() + spoolStep; f.size > limit || all > free {
 		return 0, pieces.ErrQuota
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path/filepath"
 	"text/tabwriter"
 	"time"
 
@@ -26,8 +27,8 @@ supernodes share it. A join token is printed: a secret for dfdaemon --join-token
 FILE, of which DIR keeps a hash. Whoever has ca.key can pretend to be any host.`,
 		Args:   cli.One("directory"),
 		Config: cfg,
-		Run: func(_ context.Context, _ *zap.Logger, args []string) error {
-			return cfg.run(out, args[0])
+		Run: func(_ context.Context, log *zap.Logger, args []string) error {
+			return cfg.run(out, log, args[0])
 		},
 	}
 }
@@ -56,10 +57,13 @@ func (c *caConfig) Validate() error {
 	return nil
 }
 
-func (c *caConfig) run(out io.Writer, dir string) error {
+func (c *caConfig) run(out io.Writer, log *zap.Logger, dir string) error {
 	ca, err := identity.OpenCA(dir)
 	if errors.Is(err, fs.ErrNotExist) && !c.list && c.revoke == "" {
-		ca, err = identity.CreateCA(dir)
+		if ca, err = identity.CreateCA(dir); err == nil {
+			where, _ := filepath.Abs(dir)
+			log.Info("an authority is made", zap.String("directory", where))
+		}
 	}
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap/zaptest"
 
 	"damselfly.dev/supernode/api/identity"
 )
@@ -15,10 +16,10 @@ func TestCA(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "ca")
 	run := func(c caConfig) string {
 		var out bytes.Buffer
-		require.NoError(t, c.run(&out, dir))
+		require.NoError(t, c.run(&out, zaptest.NewLogger(t), dir))
 		return out.String()
 	}
-	require.Error(t, (&caConfig{list: true}).run(&bytes.Buffer{}, dir), "there is none")
+	require.Error(t, (&caConfig{list: true}).run(&bytes.Buffer{}, zaptest.NewLogger(t), dir), "there is none")
 	first, err := identity.ParseToken(run(caConfig{}))
 	require.NoError(t, err)
 	second, err := identity.ParseToken(run(caConfig{expires: time.Hour}))
@@ -28,7 +29,7 @@ func TestCA(t *testing.T) {
 	require.Regexp(t, first.ID+`.*good until revoked\n`+second.ID+`.*good until 20`, said)
 	require.Empty(t, run(caConfig{revoke: first.ID}))
 	require.NotContains(t, run(caConfig{list: true}), first.ID)
-	require.ErrorContains(t, (&caConfig{revoke: first.ID}).run(&bytes.Buffer{}, dir), "--list shows them")
+	require.ErrorContains(t, (&caConfig{revoke: first.ID}).run(&bytes.Buffer{}, zaptest.NewLogger(t), dir), "--list shows them")
 	require.Error(t, (&caConfig{list: true, revoke: "x"}).Validate())
 	require.Error(t, (&caConfig{expires: -1}).Validate())
 }

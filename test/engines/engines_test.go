@@ -119,10 +119,13 @@ func testEngine(t *testing.T, e engine, img v1.Image, bin string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"first", "second"} {
+	for i, name := range []string{"first", "second"} {
 		h := l.Host(name)
 		daemon, err := programs.StartDaemon(ctx, h, bin, supernode.URL(), upstreams)
 		if err != nil {
+			t.Fatal(err)
+		}
+		if err := joined(ctx, supernode, int64(i+1)); err != nil { // a pull before that goes past the region, as it must
 			t.Fatal(err)
 		}
 		if err := e.pull(ctx, h, daemon.Mirror(), registry.URL(), img); err != nil {
@@ -130,6 +133,23 @@ func testEngine(t *testing.T, e engine, img v1.Image, bin string) {
 		}
 	}
 	asked(t, registry, supernode, img)
+}
+
+// joined waits until so many hosts have a session.
+func joined(ctx context.Context, s *programs.Supernode, hosts int64) error {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		n, err := s.Hosts(ctx)
+		if err != nil || n >= hosts {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
 }
 
 // asked holds the registry's own log against the image: every content was
