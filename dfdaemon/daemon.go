@@ -4,7 +4,6 @@ package dfdaemon
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -36,12 +35,6 @@ const (
 	socketListen  = "socket"
 )
 
-// Of each listener.
-const (
-	maxConnections = 4096
-	maxOfAddress   = 512 // several hosts may be behind one
-)
-
 // Daemon is an agent. It holds its store and its listeners from New on until
 // Run returns.
 type Daemon struct {
@@ -62,14 +55,6 @@ type Daemon struct {
 	claimed   map[string]string       // where this one listens, as claim says
 	socket    *socket                 // nil for none
 	heir      *heir
-}
-
-// server is a server and what it accepts on.
-type server struct {
-	http.Server
-	ln      net.Listener
-	setting string // that it can be handed over by, "" where it cannot
-	tls     *tls.Config
 }
 
 // New opens the store and the listeners, or takes them over from the one that runs;
@@ -257,8 +242,7 @@ func (d *Daemon) inherit(setting string) net.Listener {
 }
 
 func (d *Daemon) add(ln net.Listener) *server {
-	s := &server{ln: ln}
-	(&api.Gate{All: maxConnections, Each: maxOfAddress}).Guard(&s.Server, d.refused.Inc)
+	s := newServer(ln, d.refused.Inc)
 	s.ErrorLog, _ = zap.NewStdLogAt(d.log, zap.ErrorLevel) // panics come here; the level is a valid one
 	d.servers = append(d.servers, s)
 	return s
@@ -317,18 +301,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// serve answers until Shutdown.
-func (s *server) serve() error {
-	ln := s.ln
-	if s.tls != nil {
-		ln = tls.NewListener(ln, s.tls)
-	}
-	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
-}
-
 // drain waits for ctx's end, or for handed, and then ends all servers, and what has
 // been taken over from them.
 func (d *Daemon) drain(ctx context.Context, handed <-chan struct{}) {
@@ -346,12 +318,7 @@ func (d *Daemon) drain(ctx context.Context, handed <-chan struct{}) {
 	})()
 	var group errgroup.Group
 	for _, s := range d.servers {
-		group.Go(func() error {
-			if s.Shutdown(wait) != nil {
-				return s.Close()
-			}
-			return nil
-		})
+		group.Go(func() error { return s.drain(wait) })
 	}
 	if err := group.Wait(); err != nil {
 		d.log.Warn("servers did not end well", zap.Error(err))

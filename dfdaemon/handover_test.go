@@ -34,11 +34,12 @@ func TestTakeOver(t *testing.T) {
 	old, err := New(c, zaptest.NewLogger(t), prometheus.NewRegistry())
 	require.NoError(t, err)
 	ended := make(chan error, 1)
-	go func() { ended <- old.Run(context.WithoutCancel(t.Context())) }()
+	go func() { ended <- old.Run(context.WithoutCancel(t.Context())) }() // it ends when its engine has all, or is gone
 
 	path := "/v2/reg.test/org/app/blobs/" + d
 	engine, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", old.MirrorAddr())
 	require.NoError(t, err)
+	t.Cleanup(func() { _ = engine.Close() })
 	_, err = io.WriteString(engine, "GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n")
 	require.NoError(t, err)
 	answer := bufio.NewReader(engine)
@@ -61,7 +62,7 @@ func TestTakeOver(t *testing.T) {
 			resp, err := client.Get("http://" + old.MirrorAddr() + "/v2/") //nolint:noctx // the listener is there
 			if err != nil || resp.StatusCode != http.StatusOK {
 				failed.Add(1)
-				t.Log(err)
+				t.Log(err, resp)
 			}
 			if err == nil {
 				_ = resp.Body.Close()

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -83,18 +84,21 @@ type socket struct {
 	*net.UnixListener
 	path string
 	kept atomic.Bool
+	once sync.Once
 }
 
 // Close ends listening.
-func (s *socket) Close() error {
-	if s.kept.Load() {
-		return s.UnixListener.Close()
-	}
-	err := os.Remove(s.path) // first: once closed, another process may put its own there
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	return errors.Join(err, s.UnixListener.Close())
+func (s *socket) Close() (err error) {
+	s.once.Do(func() {
+		if !s.kept.Load() {
+			err = os.Remove(s.path) // first: once closed, another process may put its own there
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		err = errors.Join(err, s.UnixListener.Close())
+	})
+	return err
 }
 
 // unused tells whether path is free, or a socket on which nobody answers.
