@@ -17,13 +17,13 @@ build: ## build supernode, dfdaemon and dfget into bin/
 install: ## install what the tests and the demo need (root, Debian 12)
 	test/install.sh
 
-test: install lint unit lab engines tls-short ## everything: lint, unit, race, the region in one process, real engines
+test: install lint unit lab engines chaos-short tls-short ## everything: lint, unit, race, the region in one process, real engines
 
 lint: ## formatting, layering and the linters
 	$(TOOL) golangci-lint run ./...
 
 unit: ## all that needs no root: unit tests, the region in one process
-	$(GO) test -race -tags $(TAGS) -count=1 -timeout 10m $$($(GO) list ./... | grep -v -e /test/lab -e /test/engines -e /test/demo -e /test/load -e /test/bench -e /test/region)
+	$(GO) test -race -tags $(TAGS) -count=1 -timeout 10m $$($(GO) list ./... | grep -v -e /test/lab -e /test/engines -e /test/demo -e /test/load -e /test/bench -e /test/chaos -e /test/region)
 	$(GO) test -race -tags $(TAGS) -count=1 -timeout 15m ./test/region
 
 lab: build ## tests on network namespaces with shaped links (root)
@@ -38,6 +38,13 @@ tls-short: ## the region in one process again, with TLS between all parts, but f
 
 tls: build ## all of it again with TLS between all parts, and the engines (root; 20 min)
 	DAMSELFLY_TEST_TLS=1 $(GO) test -p 1 -race -tags $(TAGS) -count=1 -timeout 30m ./test/region/... ./test/engines/...
+
+.PHONY: chaos chaos-short
+chaos: ## parts are killed, cut off, filled up and replaced while hosts pull (root; 70 min; CHAOSFLAGS="-only soak -seed 1")
+	$(GO) run -tags $(TAGS) ./test/chaos $(CHAOSFLAGS)
+
+chaos-short: ## the same for two minutes, with small images
+	$(GO) test -race -tags $(TAGS) -count=1 -timeout 15m ./test/chaos/...
 
 demo: ## one image to six hosts, with and without Damselfly (root: on shaped links)
 	$(GO) run -tags $(TAGS) ./test/demo $(DEMOFLAGS)

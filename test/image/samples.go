@@ -264,3 +264,13 @@ func (s Sample) and(part func([]v1.Descriptor) []v1.Descriptor) ([]v1.Descriptor
 	}
 	return contents, nil
 }
+
+// Noise makes an image of layers that are noise of these lengths, the same for each
+// seed: nothing about it compresses, and nothing unpacks it.
+func Noise(seed string, layers ...int) (v1.Image, error) {
+	made := make([]v1.Layer, len(layers))
+	for i, n := range layers {
+		made[i] = static.NewLayer(noise(fmt.Sprint(seed, " ", i), n), types.OCIUncompressedLayer)
+	}
+	return of(runtime.GOARCH, made...)
+}

@@ -168,6 +168,16 @@ func (p *Process) Stop(ctx context.Context) error {
 	}
 }
 
+// ExitCode is what the process ended with, -1 where a signal ended it or it runs.
+func (p *Process) ExitCode() int {
+	select {
+	case <-p.done:
+		return p.cmd.ProcessState.ExitCode()
+	default:
+		return -1
+	}
+}
+
 // Pause halts the process where it is; Resume lets it go on.
 func (p *Process) Pause() error { return p.signal(syscall.SIGSTOP) }
 
