@@ -30,6 +30,8 @@ var scenarios = []scenario{
 	{"first", "one host, then all others at once", oneFirst},
 	{"killed", "one host's dfdaemon killed halfway: what the others lose", killed},
 	{"slowest", "one host at a hundredth of the others' rate: what the others lose", slowest},
+	{"hostile", "one of 16 hosts does all the harm it can: what the others lose, in each way", hostileHost},
+	{"flooded", "2000 slow connections on each kind of listener beside a crowd of 16: what it loses", flooded},
 	{"zones", "two zones with a thin link between, with the zone rule and without", zones},
 	{"private", "30 hosts with credentials of their own: a private blob, beside the same as a public one", private},
 	{"cpu", "processor time of all parts together, beside nginx and curl", cpu},

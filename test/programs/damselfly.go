@@ -106,13 +106,13 @@ func StartDaemon(ctx context.Context, h *lab.Host, bin, supernode string, upstre
 		"--advertise", h.IP().String(),
 		"--data-dir", filepath.Join(h.Dir(), "dfdaemon"),
 		"--mirror-listen", netip.AddrPortFrom(h.Local(), mirrorPort).String(),
-		"--peer-listen", netip.AddrPortFrom(h.IP(), peerPort).String(),
-		"--metrics-listen", netip.AddrPortFrom(h.Local(), metricsPort).String(),
+		"--peer-listen", netip.AddrPortFrom(h.IP(), PeerPort).String(),
+		"--metrics-listen", netip.AddrPortFrom(h.Local(), MetricsPort).String(),
 		"--socket", filepath.Join(h.Dir(), "dfdaemon.sock"),
 	}
 	args = slices.Concat(args, zone(h), registries(upstreams), flags)
 	cmd := exec.Command(filepath.Join(bin, "dfdaemon"), args...) //nolint:gosec // G204: built by Build
-	s, err := serve(ctx, h, "dfdaemon", cmd, url(h.Local(), metricsPort, "/healthz"), url(h.Local(), metricsPort, "/metrics"))
+	s, err := serve(ctx, h, "dfdaemon", cmd, url(h.Local(), MetricsPort, "/healthz"), url(h.Local(), MetricsPort, "/metrics"))
 	if err != nil {
 		return nil, err
 	}

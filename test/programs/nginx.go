@@ -22,9 +22,10 @@ const (
 	// ManifestType is that of all manifests of an Nginx.
 	ManifestType = "application/vnd.oci.image.manifest.v1+json"
 
-	// repoPath is the repository of an Nginx, blobsPath where all its blobs are, and
+	// Repository is that of an Nginx, blobsPath where all its blobs are, and
 	// privatePath where they are for who has a name and a password.
-	repoPath    = "/v2/bench/blobs/"
+	Repository  = "bench/blobs"
+	repoPath    = "/v2/" + Repository + "/"
 	blobsPath   = repoPath + "blobs/"
 	privatePath = "/v2/bench/private/blobs/"
 )

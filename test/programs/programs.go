@@ -30,8 +30,10 @@ const (
 	registryDebugPort = 15001
 	apiPort           = 18002
 	mirrorPort        = 16501
-	peerPort          = 16502
-	metricsPort       = 16503
+
+	// PeerPort and MetricsPort are where every dfdaemon gives pieces, and tells of itself.
+	PeerPort    = 16502
+	MetricsPort = 16503
 
 	// startLimit is how long a program may take until it answers.
 	startLimit = 30 * time.Second
