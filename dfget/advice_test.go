@@ -46,7 +46,7 @@ func TestReasonsOfNoSession(t *testing.T) {
 			why.Store(next)
 		}
 		cancel()
-		<-ended
+		_ = <-ended
 	})
 }
 
