@@ -74,6 +74,9 @@ func FromToken(tokenFile, dir string, supernodes []string, log *zap.Logger) (*So
 	if err != nil {
 		return nil, err
 	}
+	if info, err := os.Stat(tokenFile); err == nil && info.Mode().Perm()&0o007 != 0 {
+		log.Warn("everybody on this host may have the join token: chmod o= it", zap.String("file", tokenFile))
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make a directory for the certificate: %w", err)
 	}
