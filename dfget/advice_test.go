@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"damselfly.dev/pieces"
+	"damselfly.dev/supernode/api"
 )
 
 // Why there is no session is told again when it changes, and not with each attempt.
@@ -65,4 +66,20 @@ func TestTLSIsAdvised(t *testing.T) {
 			require.NotContains(t, err.Error(), "--join-token")
 		}
 	}
+}
+
+// Why the region does not serve a task is at hand where the origin is asked instead, and logged there.
+func TestReasonOfARefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBlob(100)
+		_, _, h := bubble(t, PeerConfig{}, func(n *fakeNode, up api.Up) {
+			for _, j := range up.Join {
+				n.send(api.Down{Refused: []api.Refused{{Seq: j.Seq, Status: 503, Reason: "no room below the quota"}}})
+			}
+		}, b)
+		s, err := h.Open(t.Context(), Request{b.id, registryOrigin(), &upstream{bytes: b.bytes}}, 0, -1)
+		require.NoError(t, err)
+		require.ErrorContains(t, s.refused, "no room below the quota")
+		require.NoError(t, s.Close())
+	})
 }

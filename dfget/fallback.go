@@ -27,7 +27,7 @@ func (s *Stream) fallBack(cause string) error {
 	s.verify()
 	s.p.metrics.fallbacks.WithLabelValues(cause).Inc()
 	if c := s.p.log.Check(zap.WarnLevel, "asking the origin"); c != nil && cause != causeNoSession && cause != causeClear {
-		c.Write(zap.String("task", string(s.id)), zap.String("cause", cause), zap.Int64("offset", s.off))
+		c.Write(zap.String("task", string(s.id)), zap.String("cause", cause), zap.Int64("offset", s.off), zap.Error(s.refused))
 	}
 	s.leave()
 	return nil

@@ -6,8 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"go.uber.org/zap"
-
 	"damselfly.dev/pieces"
 	"damselfly.dev/supernode/api"
 )
@@ -60,9 +58,7 @@ func (s *Stream) join() (cause string, err error) {
 	case errors.Is(got.err, errNoSession):
 		return causeNoSession, nil
 	case errors.Is(got.err, errNotNow):
-		if c := p.log.Check(zap.InfoLevel, "the region does not serve the task"); c != nil {
-			c.Write(zap.String("task", string(s.id)), zap.Error(got.err))
-		}
+		s.refused = got.err
 		return causeRefused, nil
 	}
 	return causeStore, nil

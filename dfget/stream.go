@@ -39,17 +39,18 @@ type Stats struct{ Peer, Supernode, Origin, Store int64 }
 // region, the rest comes from the origin. Read and WriteTo are one goroutine's;
 // Stats may be called by others.
 type Stream struct {
-	p      *Peer
-	ctx    context.Context
-	cancel context.CancelFunc
-	id     pieces.TaskID
-	origin api.Origin
-	said   int64     // its size, as somebody has said; 0 is not
-	since  time.Time // when the reader began to wait
-	direct *direct   // where the region's bytes end
-	task   *task     // nil when the region has no part in it
-	answer chan answer
-	asking atomic.Int64 // when the supernode last said that it waits for the origin, in Unix nanoseconds
+	p       *Peer
+	ctx     context.Context
+	cancel  context.CancelFunc
+	id      pieces.TaskID
+	origin  api.Origin
+	said    int64     // its size, as somebody has said; 0 is not
+	since   time.Time // when the reader began to wait
+	direct  *direct   // where the region's bytes end
+	task    *task     // nil when the region has no part in it
+	answer  chan answer
+	refused error        // why the region does not serve it, where it has said so
+	asking  atomic.Int64 // when the supernode last said that it waits for the origin, in Unix nanoseconds
 
 	content  *pieces.Content // nil when the stream is direct
 	own      bool            // content is pinned by this stream and not by its task
