@@ -129,8 +129,8 @@ func TestHeir(t *testing.T) {
 	require.ErrorContains(t, err, "404")
 }
 
-// One with another mirror is no successor, and one that comes while the first drains
-// waits for its store.
+// One with another mirror is no successor; a listener whose setting is another one is
+// opened anew.
 func TestWhoTakesOver(t *testing.T) {
 	c := testConfig(t)
 	first, end := run(t, c)

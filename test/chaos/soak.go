@@ -66,11 +66,11 @@ func soak(ctx context.Context, r *region) error {
 		return err
 	}
 	s.report()
-	if err := w.settle(ctx); err != nil {
-		return err
+	last, err := w.last(ctx)
+	if err == nil {
+		w.report(last)
 	}
-	w.report(w.sample(ctx))
-	return nil
+	return err
 }
 
 func wait(ctx context.Context, d time.Duration) error {
