@@ -47,7 +47,7 @@ func TestReasonsOfNoSession(t *testing.T) {
 			why.Store(next)
 		}
 		cancel()
-		_ = <-ended
+		require.ErrorIs(t, <-ended, context.Canceled)
 	})
 }
 
