@@ -31,8 +31,9 @@ const (
 	apiPort           = 18002
 	mirrorPort        = 16501
 
-	// PeerPort and MetricsPort are where every dfdaemon gives pieces, and tells of itself.
-	PeerPort    = 16502
+	// PeerPort is where every dfdaemon gives pieces.
+	PeerPort = 16502
+	// MetricsPort is where it tells of itself.
 	MetricsPort = 16503
 
 	// startLimit is how long a program may take until it answers.
