@@ -72,13 +72,18 @@ func leaveMessage(id pieces.TaskID) message {
 // that it can never take back a piece reported before.
 func holdMessage(store *pieces.Store, id pieces.TaskID) message {
 	return message{size: pieces.MaxPieces / 8, add: func(u *api.Up) {
-		c, err := store.Get(id)
+		c, err := store.Look(id)
 		if err != nil {
 			return
 		}
 		defer c.Release()
 		have := c.Have()
-		u.Hold = append(u.Hold, api.Hold{Task: string(id), Layout: c.Layout(), Have: have.Bytes()})
+		h := api.Hold{Task: string(id), Layout: c.Layout(), Have: have.Bytes()}
+		for first := range have.All() {
+			h.Digest = pieces.AppendDigests(nil, c.Digest(first))
+			break
+		}
+		u.Hold = append(u.Hold, h)
 	}}
 }
 
@@ -261,9 +266,9 @@ func (p *Peer) begin(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, h := range held {
-		s.send(message{size: 128 + (h.Layout.Count()+7)/8, add: func(u *api.Up) {
-			u.Hold = append(u.Hold, api.Hold{Task: string(h.ID), Layout: h.Layout, Have: h.Have.Bytes()})
-		}})
+		m := holdMessage(p.store, h.ID)
+		m.size = 160 + (h.Layout.Count()+7)/8
+		s.send(m)
 	}
 	p.session = s
 	close(p.up)

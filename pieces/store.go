@@ -312,12 +312,17 @@ func (s *Store) create(m Meta) (c *Content, trash []string, err error) {
 }
 
 // Get returns the content of a task, pinned, or ErrNotFound.
-func (s *Store) Get(id TaskID) (*Content, error) {
+func (s *Store) Get(id TaskID) (*Content, error) { return s.get(id, s.pinLocked) }
+
+// Look is Get for who only looks: it is no use of the task, which goes as soon.
+func (s *Store) Look(id TaskID) (*Content, error) { return s.get(id, s.lookLocked) }
+
+func (s *Store) get(id TaskID, pinLocked func(*task) *Content) (*Content, error) {
 	s.mu.Lock()
 	t, err := s.findLocked(id)
 	var c *Content
 	if err == nil {
-		c = s.pinLocked(t)
+		c = pinLocked(t)
 	}
 	s.mu.Unlock()
 	if err == nil {

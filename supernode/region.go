@@ -270,7 +270,9 @@ func (r *region) published(id pieces.TaskID, i int, _ pieces.Digest) {
 			return
 		}
 		t.order, t.untold = append(t.order, i), true
-		r.sched.Have(time.Now(), seed, t.num, i, 1)
+		now := time.Now()
+		r.sched.Have(now, seed, t.num, i, 1)
+		r.judge(now, t, i)
 	})
 }
 

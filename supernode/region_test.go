@@ -211,7 +211,7 @@ func TestNewcomerGetsPiecesFromThoseWhoFinishedBefore(t *testing.T) {
 		other := pieces.NewLayout(int64(len(b)) + 1)
 		none := pieces.FullSet(other.Count())
 		p.send(api.Up{Hold: []api.Hold{
-			{Task: d, Layout: k.Layout, Have: full.Bytes()},
+			{Task: d, Layout: k.Layout, Have: full.Bytes(), Digest: digestOf(k.have[0])},
 			{Task: "sha256:nonsense", Layout: k.Layout, Have: full.Bytes()},
 			{Task: digest.FromString("x").String(), Layout: pieces.Layout{Length: 1, PieceSize: 3}, Have: []byte{1}},
 			{Task: digest.FromString("y").String(), Layout: other, Have: none.Bytes()[1:]},

@@ -26,11 +26,12 @@ type task struct {
 	order     []int      // in which they were published
 	untold    bool       // some members were not told of all of them
 	members   map[scheduler.HostID]*member
-	fetch     *fetch      // that fills it, or did; nil for none
-	sparse    bool        // the last piece may be given away before the whole is there
-	wanted    map[int]int // pieces that members' readers wait for, and of how many
-	needed    time.Time   // when somebody last was found to need it
-	told      int64       // bytes, by the last Progress
+	fetch     *fetch                   // that fills it, or did; nil for none
+	sparse    bool                     // the last piece may be given away before the whole is there
+	wanted    map[int]int              // pieces that members' readers wait for, and of how many
+	needed    time.Time                // when somebody last was found to need it
+	told      int64                    // bytes, by the last Progress
+	doubted   map[scheduler.HostID]int // hosts of which it is not known whether they hold it, by the piece that will tell
 }
 
 // member is a host that has joined a task.
@@ -95,9 +96,10 @@ func (r *region) grant(s *session, j api.Join, l *lease, data []byte) {
 	m.tell(t)
 	h := s.holds[id]
 	if h == nil || h.layout != t.layout {
-		h = &holding{t.layout, pieces.NewSet(t.layout.Count())}
+		h = &holding{layout: t.layout, have: pieces.NewSet(t.layout.Count())}
 		s.holding(id, h)
 	}
+	h.proved = true
 	if m.lazy {
 		r.sched.JoinLazy(now, s.id, t.num, h.have)
 		return
@@ -133,7 +135,7 @@ func (r *region) gives(s *session, t *task, n int) bool {
 	r.given += n
 	have := pieces.NewSet(1)
 	have.Add(0)
-	s.holding(t.id, &holding{t.layout, have})
+	s.holding(t.id, &holding{layout: t.layout, have: have, proved: true})
 	return true
 }
 
@@ -142,7 +144,7 @@ func (r *region) activate(now time.Time, l *lease) *task {
 	r.lastNum++
 	t := &task{
 		id: l.ID(), num: r.lastNum, content: l.Content, layout: l.Layout(),
-		members: map[scheduler.HostID]*member{}, wanted: map[int]int{}, needed: now,
+		members: map[scheduler.HostID]*member{}, wanted: map[int]int{}, doubted: map[scheduler.HostID]int{}, needed: now,
 		sparse: l.sparse(),
 	}
 	t.published = l.Have()
@@ -161,7 +163,7 @@ func (r *region) activate(now time.Time, l *lease) *task {
 	r.sched.Join(now, seed, t.num, t.published)
 	for _, s := range r.hosts {
 		if h := s.holds[t.id]; h != nil && h.layout == t.layout && h.have.Len() > 0 {
-			r.sched.Hold(now, s.id, t.num, h.have)
+			r.believe(now, s, t)
 		}
 	}
 	return t

@@ -95,6 +95,9 @@ type Hold struct {
 	Task   string        `cbor:"1,keyasint"`
 	Layout pieces.Layout `cbor:"2,keyasint"`
 	Have   []byte        `cbor:"3,keyasint"` // as pieces.ParseSet reads it
+	// Digest is that of the first piece in Have, which shows that the host has it, or may: a
+	// host that has not joined the task in this session is not believed without.
+	Digest []byte `cbor:"4,keyasint,omitempty"`
 }
 
 // Join asks for a task, once per caller: the answer, by Seq, is a Task or a

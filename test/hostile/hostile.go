@@ -154,7 +154,9 @@ func (h *Host) begin(ctx context.Context, conn *api.Conn[api.Down, api.Up], way 
 	case "lies", "silent", "drips", "wrong":
 		l := pieces.NewLayout(h.Size)
 		all := pieces.FullSet(l.Count())
-		return conn.Write(ctx, api.Up{Hold: []api.Hold{{Task: h.Digest, Layout: l, Have: all.Bytes()}}})
+		return conn.Write(ctx, api.Up{ // who has not joined is not believed
+			Hold: []api.Hold{{Task: h.Digest, Layout: l, Have: all.Bytes()}}, Join: []api.Join{join},
+		})
 	case "joins":
 		return h.joins(ctx, conn)
 	}
