@@ -36,7 +36,7 @@ func TestTicketsAreTheirHosts(t *testing.T) {
 	for kind, bearer := range map[string]bool{"a password": false, "a token": true} {
 		t.Run(kind, func(t *testing.T) {
 			d := startDebian(t, "127.0.0.1", bearer)
-			img := d.pushImage(t, "org/app", 2)
+			img := d.pushImage(t, 2)
 			var clock moved
 			r := newSealed(t, d, &clock, 3)
 			layers, err := img.Layers()

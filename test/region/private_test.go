@@ -84,8 +84,9 @@ func (d *debian) addUser(t *testing.T, name string) {
 	require.NoError(t, errors.Join(err, f.Close()))
 }
 
-// pushImage puts an image of so many layers there.
-func (d *debian) pushImage(t *testing.T, repo string, layers int64) v1.Image {
+// pushImage puts an image of so many layers there, as org/app.
+func (d *debian) pushImage(t *testing.T, layers int64) v1.Image {
+	const repo = "org/app"
 	t.Helper()
 	img, err := random.Image(200_000, layers)
 	require.NoError(t, err)
@@ -168,7 +169,7 @@ func (f *front) counts() map[string]int {
 func TestFlashCrowdOfAPrivateImage(t *testing.T) {
 	const hosts, layers = 30, 12
 	d := startDebian(t, "127.0.0.1", true)
-	d.pushImage(t, "org/app", layers)
+	d.pushImage(t, layers)
 	f := newFront(t, d, true)
 	cfg := registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: f.URL, TLS: registryproxy.TLS{CA: d.cert}}}}
 	dir := t.TempDir()
@@ -306,7 +307,7 @@ func TestNobodyElseReadsAPrivateImage(t *testing.T) {
 	for kind, bearer := range map[string]bool{"a password": false, "a token": true} {
 		t.Run(kind, func(t *testing.T) {
 			d := startDebian(t, "127.0.0.1", bearer)
-			img := d.pushImage(t, "org/app", 3)
+			img := d.pushImage(t, 3)
 			f, evil := newFront(t, d, false), newClaimer(t)
 			at, err := url.Parse(f.URL)
 			require.NoError(t, err)
@@ -518,7 +519,7 @@ func (v *victim) byOwnManifest(t *testing.T, d *debian, host, centre *node) {
 // it a minute more than it says.
 func TestATokenEnds(t *testing.T) {
 	d := startDebian(t, "127.0.0.1", true)
-	img := d.pushImage(t, "org/app", 2)
+	img := d.pushImage(t, 2)
 	cfg := registryproxy.Config{Upstreams: []registryproxy.Upstream{{Name: registryName, URL: d.url(), TLS: registryproxy.TLS{CA: d.cert}}}}
 	centre := startSupernodeFor(t, cfg, t.TempDir(), "")
 	host := startHostFor(t, cfg, centre, nil)

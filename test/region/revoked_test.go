@@ -91,7 +91,7 @@ func TestRevocation(t *testing.T) {
 	const step = 10 * time.Second
 	real := os.Getenv("DAMSELFLY_TEST_REVOCATION") != ""
 	d := startDebian(t, "127.0.0.1", false)
-	img := d.pushImage(t, "org/app", 1)
+	img := d.pushImage(t, 1)
 	d.addUser(t, "carol")
 	var clock moved
 	r := newSealed(t, d, &clock, 3)
