@@ -72,7 +72,7 @@ func parse(args []string, usage io.Writer) (config, error) {
 	var cfg config
 	only := flags.String("only", "", "scenarios, with commas; empty: all of\n"+list())
 	flags.Uint64Var(&cfg.seed, "seed", uint64(time.Now().UnixNano()), "of what goes wrong in the soak, and of the images") //nolint:gosec // a time is positive
-	flags.DurationVar(&cfg.duration, "duration", 0, "of the soak (default 1h, or 25s with -short)")
+	flags.DurationVar(&cfg.duration, "duration", 0, "of the soak (default 1h, or 18s with -short)")
 	flags.BoolVar(&cfg.short, "short", false, "small images and few hosts, and only what is quick")
 	flags.StringVar(&cfg.dir, "dir", "", "where the hosts' files are for as long as it runs (default /var/tmp)")
 	flags.StringVar(&cfg.bin, "bin", "", "directory of supernode, dfdaemon and registry; empty: built from this tree")
@@ -94,7 +94,7 @@ func parse(args []string, usage io.Writer) (config, error) {
 	if cfg.duration == 0 {
 		cfg.duration = time.Hour
 		if cfg.short {
-			cfg.duration = 25 * time.Second
+			cfg.duration = 18 * time.Second
 		}
 	}
 	return cfg, nil
