@@ -29,6 +29,7 @@ import (
 	"golang.org/x/crypto/bcrypt"
 
 	"damselfly.dev/supernode"
+	"damselfly.dev/supernode/api"
 	"damselfly.dev/supernode/api/identity"
 	"damselfly.dev/test/programs"
 )
@@ -37,7 +38,8 @@ import (
 type recorder struct {
 	net.Listener
 	to   string
-	mu   sync.Mutex // guards file
+	ways sync.WaitGroup // that are not yet in the file
+	mu   sync.Mutex     // guards file
 	file *os.File
 }
 
@@ -71,14 +73,14 @@ func (r *recorder) relay(c net.Conn) {
 	defer func() { _ = other.Close() }()
 	done := make(chan struct{}, 2)
 	for _, way := range [][2]net.Conn{{c, other}, {other, c}} {
-		go func() {
+		r.ways.Go(func() {
 			var one bytes.Buffer // each way for itself, so that no other splits what is looked for
 			_, _ = io.Copy(way[0], io.TeeReader(way[1], &one))
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			_, _ = r.file.Write(one.Bytes())
 			done <- struct{}{}
-		}()
+		})
 	}
 	<-done
 }
@@ -164,6 +166,7 @@ type site struct {
 	secrets     map[string]string
 	own         map[string][]string // the files where one is kept
 	proxyHeader string
+	recorders   []*recorder
 }
 
 // run starts a program, whose log is below dir.
@@ -257,11 +260,13 @@ registries:
 	s.awaits(s.client, s.centre+"/readyz")
 	region := s.centre
 	if sealed { // on loopback in clear it is told credentials
-		region = scheme + "://" + record(t, free[0], filepath.Join(s.dir, "traffic", "supernode")).Addr().String()
+		s.recorders = append(s.recorders, record(t, free[0], filepath.Join(s.dir, "traffic", "supernode")))
+		region = scheme + "://" + s.recorders[0].Addr().String()
 	}
 	for i := range s.hosts {
 		at := free[1+4*i:]
 		peer := record(t, at[1], filepath.Join(s.dir, "traffic", fmt.Sprint("peer", i)))
+		s.recorders = append(s.recorders, peer)
 		s.hosts[i], s.metrics[i] = &node{address: at[0], proxy: at[3]}, "http://"+at[2]
 		s.sockets[i] = filepath.Join(s.settings, fmt.Sprint("socket", i))
 		_, port, _ := net.SplitHostPort(web.Listener.Addr().String())
@@ -381,6 +386,9 @@ func (s *site) crash() {
 		_ = cmd.Wait()
 		require.Equal(s.t, 2, cmd.ProcessState.ExitCode())
 	}
+	for _, r := range s.recorders {
+		r.ways.Wait() // all connections have ended
+	}
 }
 
 // A run with secrets of every kind, failures and a crash at its end leaves none of
@@ -407,6 +415,9 @@ func TestNoSecretIsLeftAnywhere(t *testing.T) {
 			s.reads(web)
 			s.looks()
 			s.keys()
+			if !sealed { // whether or not the scheduler has sent one host to the other
+				s.answers(http.DefaultClient, "peer", "http://"+s.recorders[0].Addr().String()+api.TasksPath+"/a/content", http.Header{api.TicketHeader: {"none"}})
+			}
 			s.crash()
 			require.Greater(t, len(s.secrets), 12)
 			for _, l := range leaks(t, s.dir, s.secrets, s.own) {
