@@ -13,8 +13,11 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
+// ProofLife is how long a yes of an origin is remembered at the most: so that all that
+// follows from it, a ticket and the answer it lets begin, ends within five minutes.
+const ProofLife = 4*time.Minute + 20*time.Second
+
 const (
-	proofLife   = 5 * time.Minute
 	refusalLife = 5 * time.Second
 	maxReaders  = 1 << 18
 	maxClosed   = 1 << 14
@@ -251,7 +254,7 @@ func (a *Access) refused(c check, no *Refusal) {
 		a.readers.drop(readerOf(c.Repo, c.who), func(time.Time) bool { return true })
 	}
 	if c.who == (Caller{}) && !no.Limited() {
-		a.closed.put(c.Repo, struct{}{}, proofLife)
+		a.closed.put(c.Repo, struct{}{}, ProofLife)
 		if no.denies() {
 			a.ledger.SetPublic(c.Repo, false)
 		}
@@ -300,12 +303,12 @@ func (a *Access) Proved(repo Repository, who Caller) {
 		a.ledger.SetPublic(repo, true)
 	}
 	left := who.left(now)
-	life := min(left, proofLife)
+	life := min(left, ProofLife)
 	a.readers.put(readerOf(repo, who), now.Add(life), min(left, max(life, a.client.get(repo.Registry).away)))
 }
 
 // Life is how long what an origin has said to c may be remembered.
-func (c Caller) Life(now time.Time) time.Duration { return min(c.left(now), proofLife) }
+func (c Caller) Life(now time.Time) time.Duration { return min(c.left(now), ProofLife) }
 
 // Lapsed tells that the caller's token has come to the end that it names itself: what
 // a registry says to it from then on is no word about its owner.

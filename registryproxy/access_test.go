@@ -154,7 +154,7 @@ func TestAccess(t *testing.T) {
 					v, err := a.Check(t.Context(), Route{KindBlob, s.repo, s.ref}, s.who, s.held)
 					require.Equal(t, s.asked, g.asked.Load()-before, "requests in step %d", i)
 					require.Equal(t, Verdict{Public: s.public}, why(v), "step %d", i)
-					require.LessOrEqual(t, time.Until(v.Until), proofLife, "step %d", i)
+					require.LessOrEqual(t, time.Until(v.Until), ProofLife, "step %d", i)
 					if s.status == 0 {
 						require.NoError(t, err, "step %d", i)
 						continue
@@ -173,11 +173,11 @@ func TestProved(t *testing.T) {
 		g, a := newGuarded(t)
 		repo, blob := Repository{"reg.test", "private/app"}, digestOf("blob")
 		a.Proved(repo, Caller{"Bearer other"})
-		a.closed.put(repo, struct{}{}, proofLife)
+		a.closed.put(repo, struct{}{}, ProofLife)
 		v, err := a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{"Bearer other"}, true)
 		require.NoError(t, err)
 		require.Equal(t, Verdict{}, why(v))
-		require.Equal(t, time.Now().Add(proofLife), v.Until)
+		require.Equal(t, time.Now().Add(ProofLife), v.Until)
 		require.Zero(t, g.asked.Load())
 		_, err = a.Check(t.Context(), Route{KindBlob, repo, blob}, Caller{}, true)
 		_ = refusalOf(t, err)
@@ -205,14 +205,14 @@ func TestProofsEnd(t *testing.T) {
 		token func() string
 		last  time.Duration
 	}{
-		"basic":          {func() string { return alice }, proofLife},
-		"opaque":         {func() string { return "Bearer a.b.c" }, proofLife},
-		"of an hour":     {func() string { return jwt(time.Now().Add(time.Hour)) }, proofLife},
+		"basic":          {func() string { return alice }, ProofLife},
+		"opaque":         {func() string { return "Bearer a.b.c" }, ProofLife},
+		"of an hour":     {func() string { return jwt(time.Now().Add(time.Hour)) }, ProofLife},
 		"of two minutes": {func() string { return jwt(time.Now().Add(2 * time.Minute)) }, 2 * time.Minute},
 		"expired":        {func() string { return jwt(time.Now().Add(-time.Minute)) }, 0},
 		"of the year 10^30": {func() string {
 			return "bearer e30." + base64.RawURLEncoding.EncodeToString([]byte(`{"exp":1e30}`)) + ".x"
-		}, proofLife},
+		}, ProofLife},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -340,7 +340,7 @@ func TestAccessIsShared(t *testing.T) {
 		g, a := newGuarded(t)
 		g.slow.Store(true)
 		repo := Repository{"reg.test", "private/app"}
-		a.closed.put(repo, struct{}{}, proofLife)
+		a.closed.put(repo, struct{}{}, ProofLife)
 		refs := []string{sha256a, digestOf("blob"), digestOf("{}")} // the first is not there, which is a no to that alone
 		var wg sync.WaitGroup
 		for i := range 30 {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
 )
 
@@ -69,7 +70,7 @@ type origin struct {
 // caller will ask for what it wants by the lease's fetch, where that is sparse.
 func (o *origin) bring(ctx context.Context, id pieces.TaskID, src source, j api.Join) (*lease, error) {
 	for {
-		l := &lease{src: src, right: right{until: o.now().Add(proofLife)}, drops: o.drops.Load()}
+		l := &lease{src: src, right: right{until: o.now().Add(registryproxy.ProofLife)}, drops: o.drops.Load()}
 		l.fetch = o.find(id)
 		if l.fetch == nil {
 			if l.Content = o.cached(id); l.Content != nil {

@@ -9,6 +9,7 @@ import (
 	"go.uber.org/zap"
 
 	"damselfly.dev/pieces"
+	"damselfly.dev/registryproxy"
 	"damselfly.dev/supernode/api"
 )
 
@@ -56,14 +57,14 @@ func (o *origin) askAgain(id pieces.TaskID, callers []source, lapses bool) (may 
 		}
 		may, err = src.allowed(ctx, c)
 		if errors.Is(err, errChanged) { // what has begun is of the version of then
-			may.until, err = o.now().Add(proofLife), nil
+			may.until, err = o.now().Add(registryproxy.ProofLife), nil
 		}
 		if err == nil {
 			return may, nil
 		}
 	}
 	if ended && lapses {
-		return right{until: o.now().Add(proofLife)}, nil
+		return right{until: o.now().Add(registryproxy.ProofLife)}, nil
 	}
 	return may, err
 }

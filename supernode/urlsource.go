@@ -29,7 +29,6 @@ const (
 	maxRefusal   = 64 << 10 // bytes kept of a refusal's body
 	maxURLHeader = 64 << 10 // bytes of a caller's header
 	maxIgnore    = 256      // names of parameters
-	proofLife    = 5 * time.Minute
 	maxProofs    = 1 << 16
 )
 
@@ -81,7 +80,7 @@ func (w *web) prove(p proof, content time.Time) {
 	defer w.mu.Unlock()
 	now := w.now()
 	if len(w.proofs) >= maxProofs {
-		maps.DeleteFunc(w.proofs, func(_ proof, of proved) bool { return now.Sub(of.at) > proofLife })
+		maps.DeleteFunc(w.proofs, func(_ proof, of proved) bool { return now.Sub(of.at) > registryproxy.ProofLife })
 		if len(w.proofs) >= maxProofs {
 			clear(w.proofs)
 		}
@@ -186,18 +185,18 @@ func (s *urlSource) opened(b *body) {
 // be meant for who asked for it.
 func (s *urlSource) allowed(ctx context.Context, c *pieces.Content) (right, error) {
 	named := s.id.Content() != ""
-	within := proofLife
+	within := registryproxy.ProofLife
 	var v note
 	known := named
 	if !named {
-		within = min(s.fresh, proofLife)
+		within = min(s.fresh, registryproxy.ProofLife)
 		v, known = s.seen.get(string(s.id))
 	}
 	caller := registryproxy.Caller{Authorization: s.header.Get("Authorization")}
 	now := s.now()
 	life := caller.Life(now)
 	if at, ok := s.proved(s.proof, v.Checked, within); ok && life > 0 {
-		return right{until: earlier(at.Add(proofLife), now.Add(life))}, nil
+		return right{until: earlier(at.Add(registryproxy.ProofLife), now.Add(life))}, nil
 	}
 	b, err := s.measure(ctx)
 	if err != nil {
@@ -230,8 +229,8 @@ func (s *urlSource) lapsed() bool {
 // lasts tells whether what a URL without validators gave is what it gives this
 // caller.
 func (s *urlSource) lasts(v note) bool {
-	_, proved := s.proved(s.proof, v.Checked, proofLife)
-	return s.now().Sub(v.Checked) <= proofLife && (!v.Own && !s.own || proved)
+	_, proved := s.proved(s.proof, v.Checked, registryproxy.ProofLife)
+	return s.now().Sub(v.Checked) <= registryproxy.ProofLife && (!v.Own && !s.own || proved)
 }
 
 func (s *urlSource) measure(ctx context.Context) (*body, error) {
