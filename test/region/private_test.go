@@ -86,8 +86,8 @@ func (d *debian) addUser(t *testing.T, name string) {
 
 // pushImage puts an image of so many layers there, as org/app.
 func (d *debian) pushImage(t *testing.T, layers int64) v1.Image {
-	const repo = "org/app"
 	t.Helper()
+	const repo = "org/app"
 	img, err := random.Image(200_000, layers)
 	require.NoError(t, err)
 	d.put(t, repo, d.login(t, user, repo, "pull,push"), img)
