@@ -50,7 +50,8 @@ type Daemon struct {
 	ready     atomic.Bool        // Run serves and is not about to end
 	drainTime time.Duration
 
-	inherited map[string]net.Listener // of the one whose place this is, by setting, until they are used
+	before    *net.UnixConn           // to the one whose place this is to be, until it has left; nil for none
+	inherited map[string]net.Listener // of that one, by setting, until they are used
 	handover  *net.UnixListener       // nil where there can be none
 	claimed   map[string]string       // where this one listens, as claim says
 	socket    *socket                 // nil for none
@@ -65,15 +66,24 @@ func New(cfg Config, log *zap.Logger, reg *prometheus.Registry) (*Daemon, error)
 	}
 	gin.SetMode(gin.ReleaseMode) // gin's debug mode writes to the standard output
 	d := &Daemon{log: log, scrubRate: cfg.ScrubRate, drainTime: cfg.DrainTimeout, addr: map[string]string{}, heir: newHeir()}
-	d.inherited = takeOver(cfg, log)
-	err := d.openStore(cfg)
+	d.claim(cfg)
+	var err error
+	if d.before == nil {
+		err = d.openStore(cfg)
+	}
 	if err == nil {
 		err = d.open(cfg, reg)
 	}
 	closeAll(d.inherited)
 	if err == nil {
+		if d.socket != nil {
+			d.socket.kept.Store(false)
+		}
 		d.listenHandover(cfg)
 		return d, nil
+	}
+	if d.before != nil {
+		_ = d.before.Close() // it goes on
 	}
 	for _, s := range d.servers {
 		_ = s.ln.Close()
@@ -96,21 +106,22 @@ func (d *Daemon) openStore(cfg Config) (err error) {
 	return err
 }
 
-// open makes the parts and the listeners.
+// open makes the parts and the listeners. What a setting can be wrong about comes before
+// another one's place is taken, and what has the store after it.
 func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
-	m := &mirror{store: d.store, heir: d.heir, def: cfg.Registries.Default, urls: cfg.URLs, ports: cfg.Proxy.Ports, log: d.log}
+	m := &mirror{heir: d.heir, def: cfg.Registries.Default, urls: cfg.URLs, ports: cfg.Proxy.Ports, log: d.log}
 	var err error
 	if m.registry, err = registryproxy.New(cfg.Registries, d.log, reg); err != nil {
 		return err
 	}
-	if m.metrics, err = newMetrics(reg, d.store); err != nil {
+	if m.metrics, err = newMetrics(reg, func() pieces.Usage { return d.store.Usage() }); err != nil {
 		return err
 	}
 	d.refused = m.metrics.refused
-	if err = d.openPeer(cfg, reg); err != nil {
+	peer, own, err := d.listenPeer(cfg)
+	if err != nil {
 		return err
 	}
-	m.peer, m.relay = d.peer, newRelay(d.peer.Centre, d.identity)
 	s, err := d.listen(cfg.MirrorListen, mirrorListen)
 	if err != nil {
 		return err
@@ -128,16 +139,23 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 		s.Handler = api.Bounded(d.health(reg))
 	}
 	if cfg.Socket != "" {
-		users, err := userIDs(cfg.SocketUsers)
-		if err != nil {
+		if err = d.openSocket(cfg, m); err != nil {
 			return err
 		}
-		if s, err = d.listenSocket(cfg, len(users) > 0); err != nil {
-			return err
-		}
-		s.ConnContext = withUser
-		s.Handler = api.Bounded(forUsers(users, cfg.SocketGroup != "", (&control{d, m}).handler()))
 	}
+	if d.store == nil {
+		d.takeOver()
+		if err = d.openStore(cfg); err != nil {
+			return err
+		}
+	}
+	if d.peer, err = dfget.NewPeer(peer, d.store, d.log, reg); err != nil {
+		return err
+	}
+	if own != nil {
+		own.Handler = api.Bounded(d.peer.Handler())
+	}
+	m.store, m.peer, m.relay = d.store, d.peer, newRelay(d.peer.Centre, d.identity)
 	return nil
 }
 
@@ -163,40 +181,51 @@ func (d *Daemon) openProxy(cfg ProxyConfig, m *mirror, reg prometheus.Registerer
 	return nil
 }
 
-// openPeer makes the peer, and its listener if it is to have one.
-func (d *Daemon) openPeer(cfg Config, reg prometheus.Registerer) (err error) {
+// listenPeer returns the peer's settings, and its server if it is to have one.
+func (d *Daemon) listenPeer(cfg Config) (peer dfget.PeerConfig, s *server, err error) {
 	if len(cfg.Supernodes) == 0 {
 		d.log.Warn("no supernode is named: all comes from the registries")
 	}
-	peer := dfget.PeerConfig{
+	peer = dfget.PeerConfig{
 		Supernodes: cfg.Supernodes, Zone: cfg.Zone, Rack: cfg.Rack, UpLanes: cfg.UpLanes, DownLanes: cfg.DownLanes,
 	}
 	if peer.Background, err = cfg.background(); err != nil {
-		return err
+		return peer, nil, err
 	}
 	if d.identity, err = identity.ForHost(cfg.TLS, cfg.JoinToken, filepath.Join(cfg.DataDir, "identity"), cfg.Supernodes, d.log); err != nil {
-		return err
+		return peer, nil, err
 	}
 	peer.Identity, peer.ClearPrivate = d.identity, cfg.ClearPrivate
 	if d.identity == nil && !cfg.ClearPrivate && len(cfg.Supernodes) > 0 {
 		d.log.Warn("TLS is off: private images are pulled past the region; see docs/security.md")
 	}
-	var s *server
 	if cfg.PeerListen != "" {
 		if s, err = d.listen(cfg.PeerListen, peerListen); err != nil {
-			return err
+			return peer, nil, err
 		}
 		if peer.Advertise, err = cfg.advertised(s.ln.Addr().String()); err != nil {
-			return err
+			return peer, nil, err
 		}
 		if d.identity != nil {
 			s.tls = d.identity.Server(true)
 		}
 	}
-	if d.peer, err = dfget.NewPeer(peer, d.store, d.log, reg); err == nil && s != nil {
-		s.Handler = api.Bounded(d.peer.Handler())
+	return peer, s, peer.Validate()
+}
+
+// openSocket makes the server of the control socket.
+func (d *Daemon) openSocket(cfg Config, m *mirror) error {
+	users, err := userIDs(cfg.SocketUsers)
+	if err != nil {
+		return err
 	}
-	return err
+	s, err := d.listenSocket(cfg, len(users) > 0)
+	if err != nil {
+		return err
+	}
+	s.ConnContext = withUser
+	s.Handler = api.Bounded(forUsers(users, cfg.SocketGroup != "", (&control{d, m}).handler()))
+	return nil
 }
 
 // listen adds a server, yet without a handler, on a TCP address, which the named
@@ -222,6 +251,14 @@ func (d *Daemon) listen(addr, setting string) (*server, error) {
 func (d *Daemon) listenSocket(cfg Config, all bool) (*server, error) {
 	if ln, ok := d.inherit(socketListen).(*net.UnixListener); ok {
 		d.socket = &socket{UnixListener: ln, path: cfg.Socket}
+		d.socket.kept.Store(true) // it is the other one's yet
+		mode, gid, err := socketMode(cfg.SocketGroup, all)
+		if err == nil {
+			err = permit(cfg.Socket, mode, gid)
+		}
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("control socket %s: %w", cfg.Socket, err), ln.Close())
+		}
 	} else {
 		var err error
 		if d.socket, err = listenSocket(cfg.Socket, cfg.SocketGroup, all); err != nil {

@@ -20,8 +20,9 @@ import (
 // mirror address takes its place, without a connection refused:
 //
 //	new  asks at the socket in the data directory
-//	old  gives it the listeners, whose connections wait from then on, and takes nothing new
-//	old  ends its session, closes the store and then the connection
+//	old  gives it the listeners, and goes on
+//	new  tries all of its settings, and says that it is ready; until then its end changes nothing
+//	old  takes nothing new: connections wait. It ends its session, closes the store and then the connection
 //	new  opens the store and answers
 //	old  brings its running answers to their end, and ends
 //
@@ -38,6 +39,8 @@ const (
 	// answersLimit is for running answers once another has taken the place: nobody
 	// waits for their end.
 	answersLimit = 10 * time.Minute
+
+	ready = 'r' // what the new one says before it takes over
 )
 
 // claim is what the new one says: where it is to listen, by setting.
@@ -57,33 +60,48 @@ func (c Config) claimed() map[string]string {
 		mirrorListen: c.MirrorListen, peerListen: c.PeerListen, metricsListen: c.MetricsListen, proxyListen: c.Proxy.Listen,
 	}
 	if c.Socket != "" {
-		all[socketListen] = fmt.Sprintf("%q %q %v", c.Socket, c.SocketGroup, len(c.SocketUsers) > 0) // its mode is among it
+		all[socketListen] = c.Socket
 	}
 	return all
 }
 
-// takeOver returns the listeners of the one that runs in this one's place, which has
-// closed the store then; nothing where there is none, or it does not give way.
-func takeOver(cfg Config, log *zap.Logger) map[string]net.Listener {
+// claim asks the one that runs in this one's place for its listeners. It goes on until
+// takeOver; where there is none, or it does not give way, nothing is inherited.
+func (d *Daemon) claim(cfg Config) {
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Net: "unix", Name: filepath.Join(cfg.DataDir, handoverName)})
 	if err != nil {
-		return nil
+		return
 	}
-	defer func() { _ = conn.Close() }()
 	listeners, err := askFor(conn, cfg.claimed())
 	if err != nil {
-		log.Warn("the dfdaemon that runs here does not give way", zap.Error(err))
-		return nil
+		d.log.Warn("the dfdaemon that runs here does not give way", zap.Error(err))
+		_ = conn.Close()
+		return
 	}
-	_ = conn.SetDeadline(time.Now().Add(releaseLimit))
-	_, _ = conn.Read(make([]byte, 1)) // its end; where it does not come, the store's lock says so
-	log.Info("took over from another dfdaemon", zap.Int("listeners", len(listeners)))
-	return listeners
+	d.before, d.inherited = conn, listeners
+}
+
+// takeOver has the one that runs in this one's place, if one does, close the store.
+func (d *Daemon) takeOver() {
+	if d.before == nil {
+		return
+	}
+	_ = d.before.SetDeadline(time.Now().Add(releaseLimit))
+	if _, err := d.before.Write([]byte{ready}); err == nil {
+		_, _ = d.before.Read(make([]byte, 1)) // its end; where it does not come, the store's lock says so
+	}
+	_ = d.before.Close()
+	d.before = nil
+	d.log.Info("took over from another dfdaemon")
 }
 
 func askFor(conn *net.UnixConn, listen map[string]string) (map[string]net.Listener, error) {
 	_ = conn.SetDeadline(time.Now().Add(handoverLimit))
-	if err := json.NewEncoder(conn).Encode(claim{listen}); err != nil {
+	said, err := json.Marshal(claim{listen}) // and nothing after it, before ready
+	if err != nil {
+		return nil, err
+	}
+	if _, err = conn.Write(said); err != nil {
 		return nil, err
 	}
 	text, rights := make([]byte, maxHandover), make([]byte, unix.CmsgSpace(4*maxHandedOver))
@@ -173,6 +191,9 @@ func (d *Daemon) handOver(handed chan<- struct{}, release func() error) {
 			return
 		}
 		if err = d.giveListeners(conn); err == nil {
+			err = awaitReady(conn)
+		}
+		if err == nil {
 			d.log.Info("another dfdaemon takes over")
 			if d.socket != nil {
 				d.socket.kept.Store(true)
@@ -226,6 +247,15 @@ func (d *Daemon) giveListeners(conn *net.UnixConn) error {
 	}
 	_, _, err = conn.WriteMsgUnix(text, unix.UnixRights(fds...), nil)
 	return err
+}
+
+// awaitReady waits until the one that has the listeners is ready to take over.
+func awaitReady(conn *net.UnixConn) error {
+	_ = conn.SetDeadline(time.Now().Add(handoverLimit))
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("it was not ready: its own log says why: %w", err)
+	}
+	return nil
 }
 
 // duplicate returns one more descriptor of a listener.

@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
+	"strconv"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -149,6 +151,53 @@ func TestWhoTakesOver(t *testing.T) {
 	require.NoError(t, end())
 	resp, _ = get(t, "http://"+first.MirrorAddr()+"/v2/")
 	require.Equal(t, http.StatusOK, resp.StatusCode)
+}
+
+// One that cannot begin, whichever setting is wrong, leaves the one that runs as it is.
+func TestWhoCannotTakeOver(t *testing.T) {
+	c := testConfig(t)
+	first, _ := run(t, c)
+	taken, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = taken.Close() })
+	for name, wrong := range map[string]func(*Config){
+		"certificate":  func(c *Config) { c.TLS = filepath.Join(t.TempDir(), "none") },
+		"join token":   func(c *Config) { c.JoinToken = filepath.Join(t.TempDir(), "none") },
+		"address":      func(c *Config) { c.MetricsListen = taken.Addr().String() },
+		"peer address": func(c *Config) { c.PeerListen = taken.Addr().String() },
+		"proxy":        func(c *Config) { c.Proxy.Listen = taken.Addr().String() },
+		"proxy users":  func(c *Config) { c.Proxy.Listen, c.Proxy.Users = "127.0.0.1:0", filepath.Join(t.TempDir(), "none") },
+		"group":        func(c *Config) { c.SocketGroup = "no-such-group" },
+		"user":         func(c *Config) { c.SocketUsers = []string{"no-such-user"} },
+		"advertise":    func(c *Config) { c.Advertise = "a b" },
+		"supernode":    func(c *Config) { c.Supernodes = []string{"ftp://x"} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bad := c
+			wrong(&bad)
+			_, err := New(bad, zaptest.NewLogger(t), prometheus.NewRegistry())
+			require.Error(t, err)
+			require.NotErrorIs(t, err, pieces.ErrLocked)
+			resp, _ := get(t, "http://"+first.MirrorAddr()+"/v2/")
+			require.Equal(t, http.StatusOK, resp.StatusCode)
+			at, err := (&net.Dialer{}).DialContext(t.Context(), "unix", c.Socket)
+			require.NoError(t, err)
+			require.NoError(t, at.Close())
+			require.True(t, first.ready.Load())
+		})
+	}
+}
+
+// Who may use the control socket is as the one that takes over has it.
+func TestTakeOverSocket(t *testing.T) {
+	c := testConfig(t)
+	_, end := run(t, c)
+	c.SocketUsers = []string{strconv.Itoa(os.Getuid())}
+	_, _ = run(t, c)
+	require.NoError(t, end())
+	info, err := os.Stat(c.Socket)
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o666), info.Mode().Perm())
 }
 
 func freePort(t *testing.T) int {

@@ -35,7 +35,7 @@ type metrics struct {
 	refused  prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error) {
+func newMetrics(reg prometheus.Registerer, used func() pieces.Usage) (*metrics, error) {
 	m := &metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "damselfly_mirror_requests_total",
@@ -65,7 +65,7 @@ func newMetrics(reg prometheus.Registerer, store *pieces.Store) (*metrics, error
 		}
 	}
 	usage := func(name, help string, value func(pieces.Usage) int64) prometheus.Collector {
-		read := func() float64 { return float64(value(store.Usage())) }
+		read := func() float64 { return float64(value(used())) }
 		if strings.HasSuffix(name, "_total") {
 			return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, read)
 		}

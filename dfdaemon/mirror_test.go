@@ -105,7 +105,7 @@ func newMirror(t *testing.T, registryURL, base string) *httptest.Server {
 		Upstreams: []registryproxy.Upstream{{Name: "reg.test", URL: registryURL}}, StallTimeout: time.Second,
 	}, log, metrics)
 	require.NoError(t, err)
-	m.metrics, err = newMetrics(metrics, store)
+	m.metrics, err = newMetrics(metrics, store.Usage)
 	require.NoError(t, err)
 	m.peer, err = dfget.NewPeer(dfget.PeerConfig{UpLanes: 1, DownLanes: 1}, store, log, metrics)
 	require.NoError(t, err)

@@ -38,16 +38,9 @@ func listenSocket(path, group string, all bool) (*socket, error) {
 }
 
 func openSocket(path, group string, all bool) (*socket, error) {
-	mode, gid := fs.FileMode(0o600), -1
-	if group != "" {
-		var err error
-		if gid, err = groupID(group); err != nil {
-			return nil, err
-		}
-		mode = 0o660
-	}
-	if all {
-		mode = 0o666
+	mode, gid, err := socketMode(group, all)
+	if err != nil {
+		return nil, err
 	}
 	temp := path + ".new" // it gets its name when it has its mode
 	if len(temp) > maxSocketPath {
@@ -69,14 +62,32 @@ func openSocket(path, group string, all bool) (*socket, error) {
 		return nil, err
 	}
 	ln.SetUnlinkOnClose(false) // or it would be temp that Close removes
-	err = errors.Join(os.Chmod(temp, mode), os.Lchown(temp, -1, gid))
-	if err == nil {
+	if err = permit(temp, mode, gid); err == nil {
 		err = os.Rename(temp, path)
 	}
 	if err != nil {
 		return nil, errors.Join(err, ln.Close(), os.Remove(temp))
 	}
 	return &socket{UnixListener: ln, path: path}, nil
+}
+
+// socketMode returns who may connect: a mode, and a group or -1.
+func socketMode(group string, all bool) (mode fs.FileMode, gid int, err error) {
+	mode, gid = 0o600, -1
+	if group != "" {
+		if gid, err = groupID(group); err != nil {
+			return 0, 0, err
+		}
+		mode = 0o660
+	}
+	if all {
+		mode = 0o666
+	}
+	return mode, gid, nil
+}
+
+func permit(path string, mode fs.FileMode, gid int) error {
+	return errors.Join(os.Chmod(path, mode), os.Lchown(path, -1, gid))
 }
 
 // socket removes its own name when it closes, unless that is another's by now.
