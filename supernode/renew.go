@@ -80,7 +80,8 @@ func (r *region) answered(t *task, m *member, may right, err error) {
 		return
 	}
 	now := r.cfg.Now()
-	switch _, no := refused(err); {
+	no := registryproxy.IsNo(err) // too many questions are trouble
+	switch {
 	case err == nil:
 		m.until = may.until
 		m.send(m.message(t, 0))

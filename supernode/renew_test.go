@@ -155,19 +155,26 @@ func TestARunningTaskOutlivesAToken(t *testing.T) {
 // While the registry is in trouble, nobody is told that a right is over at once; when
 // the grace is over without an answer, it is.
 func TestARunningTaskAndARegistryInTrouble(t *testing.T) {
-	for name, life := range map[string]time.Duration{"refuse": 0, "for 30m": 30 * time.Minute} {
+	busy := func(w http.ResponseWriter, _ *http.Request) bool {
+		w.WriteHeader(http.StatusTooManyRequests)
+		return true
+	}
+	for name, in := range map[string]struct {
+		trouble func(http.ResponseWriter, *http.Request) bool
+		life    time.Duration
+	}{"refuse": {away, 0}, "for 30m": {away, 30 * time.Minute}, "busy": {busy, 0}} {
 		t.Run(name, func(t *testing.T) {
 			h := newHub(t)
 			d := h.blob(t, newBytes(3<<20))
 			var by moved
 			h.misbehave(private("Basic good"))
-			r := start(t, h, t.TempDir(), func(c *Config) { c.Registries.Upstreams[0].ReadersWhenAway, c.Now = life, by.now })
+			r := start(t, h, t.TempDir(), func(c *Config) { c.Registries.Upstreams[0].ReadersWhenAway, c.Now = in.life, by.now })
 			host, _ := idler(t, r, "one", d, from("Basic good"))
 			require.Eventually(t, func() bool { return r.store.Tasks()[0].Complete }, wait, poll)
-			h.misbehave(away)
+			h.misbehave(in.trouble)
 			by.to(registryproxy.ProofLife + time.Second)
 			r.reviewed()
-			if life > 0 {
+			if in.life > 0 {
 				host.await("a new ticket", func() bool { return host.granted[0].Ticket != "" })
 				return
 			}
