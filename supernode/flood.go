@@ -3,14 +3,39 @@ package supernode
 import (
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 const (
-	maxOver   = 1000             // joins beyond the rate, until a session ends for them
+	maxOver   = 1000             // joins beyond the rate, less those within it since, until a session ends for them
 	maxStrays = 10_000           // reports of no transfer of its, likewise
 	barredFor = 10 * time.Second // how long an address opens no session after one of its ended so
 	maxBarred = 4096             // addresses
 )
+
+// joinRate bounds the joins of a session.
+type joinRate struct {
+	within *rate.Limiter
+	over   int
+}
+
+func newJoinRate() *joinRate {
+	return &joinRate{within: rate.NewLimiter(joinsPerSecond, joinsAtOnce)}
+}
+
+// allows tells whether one more join is to be answered; errFlood when there are so many
+// that the session is to end.
+func (j *joinRate) allows(now time.Time) (bool, error) {
+	if j.within.AllowN(now, 1) {
+		j.over = max(j.over-1, 0)
+		return true, nil
+	}
+	if j.over++; j.over > maxOver {
+		return false, errFlood
+	}
+	return false, nil
+}
 
 // floods remembers from where sessions came that ended as floods: a new one would begin
 // with all that a host may say at once. The zero value is ready.

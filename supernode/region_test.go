@@ -333,6 +333,29 @@ func TestFloodOfReports(t *testing.T) {
 	require.NotEmpty(t, honest.content(d))
 }
 
+// Who joins too much now and then keeps its session, however long it stands.
+func TestBurstsOfJoinsAreNoFlood(t *testing.T) {
+	j, now := newJoinRate(), time.Now()
+	for range 20 {
+		refused := 0
+		for range joinsAtOnce + maxOver/2 {
+			ok, err := j.allows(now)
+			require.NoError(t, err)
+			if !ok {
+				refused++
+			}
+		}
+		require.Equal(t, maxOver/2, refused)
+		now = now.Add(joinsAtOnce * time.Second / joinsPerSecond)
+	}
+	err := error(nil)
+	for range joinsAtOnce + maxOver + 1 {
+		require.NoError(t, err)
+		_, err = j.allows(now)
+	}
+	require.ErrorIs(t, err, errFlood)
+}
+
 func TestFloodsAreBarredForAWhile(t *testing.T) {
 	var f floods
 	now := time.Now()

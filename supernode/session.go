@@ -254,8 +254,7 @@ func reachable(host, remote string) bool {
 // read acts on what the host sends, until it goes.
 func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 	limit := rate.NewLimiter(itemsPerSecond, itemsAtOnce)
-	joinLimit := rate.NewLimiter(joinsPerSecond, joinsAtOnce)
-	over := 0
+	joinLimit := newJoinRate()
 	for {
 		up, err := s.conn.Read(context.Background()) // hangUp ends it
 		if err != nil {
@@ -271,10 +270,11 @@ func (s *session) read(ctx context.Context, wg *sync.WaitGroup) error {
 		joins := up.Join
 		s.node.region.post(event{session: s, up: &up})
 		for _, j := range joins {
-			if !joinLimit.Allow() {
-				if over++; over > maxOver {
-					return errFlood
-				}
+			ok, err := joinLimit.allows(time.Now())
+			if err != nil {
+				return err
+			}
+			if !ok {
 				s.refuse(j.Seq, errTooMany)
 				continue
 			}
