@@ -35,6 +35,10 @@ const (
 	socketListen  = "socket"
 )
 
+// regionLimit is how long one that has taken over waits for a session before it answers:
+// without one it would ask the registry for what the region has.
+const regionLimit = 3 * time.Second
+
 // Daemon is an agent. It holds its store and its listeners from New on until
 // Run returns.
 type Daemon struct {
@@ -56,6 +60,7 @@ type Daemon struct {
 	claimed   map[string]string       // where this one listens, as claim says
 	socket    *socket                 // nil for none
 	heir      *heir
+	successor bool // of one in whose region it has to be before it answers
 }
 
 // New opens the store and the listeners, or takes them over from the one that runs;
@@ -145,6 +150,7 @@ func (d *Daemon) open(cfg Config, reg *prometheus.Registry) error {
 	}
 	if d.store == nil {
 		d.takeOver()
+		d.successor = len(cfg.Supernodes) > 0
 		if err = d.openStore(cfg); err != nil {
 			return err
 		}
@@ -321,7 +327,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return d.store.Close()
 	})
 	for _, s := range d.servers {
-		group.Go(s.serve)
+		group.Go(func() error {
+			d.awaitRegion(ctx, s)
+			return s.serve()
+		})
 	}
 	handed := make(chan struct{})
 	if d.handover != nil {
@@ -336,6 +345,17 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return err
 	})
 	return group.Wait()
+}
+
+// awaitRegion waits until s is to answer: programs of the host wait for a session, where
+// this one has taken over; other hosts do not.
+func (d *Daemon) awaitRegion(ctx context.Context, s *server) {
+	if !d.successor || s.setting == peerListen || s.setting == metricsListen {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, regionLimit)
+	defer cancel()
+	_ = d.peer.Ready(ctx) // without one it answers, too
 }
 
 // drain waits for ctx's end, or for handed, and then ends all servers, and what has
