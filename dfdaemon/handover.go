@@ -122,8 +122,11 @@ func askFor(conn *net.UnixConn, listen map[string]string) (map[string]net.Listen
 	if err := json.Unmarshal(text[:n], &b); err != nil {
 		return nil, err
 	}
-	if b.Refused != "" || len(b.Listeners) != len(files) {
+	if b.Refused != "" {
 		return nil, errors.New(b.Refused)
+	}
+	if len(b.Listeners) != len(files) {
+		return nil, fmt.Errorf("it names %d listeners and gives %d", len(b.Listeners), len(files))
 	}
 	listeners := make(map[string]net.Listener, len(files))
 	for i, f := range files {

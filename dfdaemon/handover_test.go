@@ -3,7 +3,6 @@ package dfdaemon
 import (
 	"bufio"
 	"context"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -144,7 +143,7 @@ func TestWhoTakesOver(t *testing.T) {
 	require.Equal(t, http.StatusOK, resp.StatusCode)
 
 	moved := c
-	moved.PeerListen = fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	moved.PeerListen = "127.0.0.2:0"
 	next, _ := run(t, moved)
 	require.Equal(t, first.MirrorAddr(), next.MirrorAddr())
 	require.NotEqual(t, first.PeerAddr(), next.PeerAddr())
@@ -198,12 +197,4 @@ func TestTakeOverSocket(t *testing.T) {
 	info, err := os.Stat(c.Socket)
 	require.NoError(t, err)
 	require.Equal(t, os.FileMode(0o666), info.Mode().Perm())
-}
-
-func freePort(t *testing.T) int {
-	t.Helper()
-	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer func() { require.NoError(t, ln.Close()) }()
-	return ln.Addr().(*net.TCPAddr).Port
 }
