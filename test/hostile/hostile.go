@@ -57,16 +57,13 @@ const (
 
 // Run does harm until ctx ends, in a new session when one ends.
 func (h *Host) Run(ctx context.Context, way string) {
-	for n := 0; ctx.Err() == nil; n++ {
+	for ctx.Err() == nil {
 		if way == "frames" {
 			h.frames(ctx)
 		} else {
 			h.session(ctx, way)
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pause):
-		}
+		_ = wait(ctx, pause)
 	}
 }
 
