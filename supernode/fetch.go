@@ -77,6 +77,8 @@ func (f *fetch) other() source {
 }
 
 func (o *origin) run(f *fetch, src source) {
+	o.metrics.fetches.Inc()
+	defer o.metrics.fetches.Dec()
 	err := o.fetch(f, src)
 	if err != nil {
 		f.fail(err)
@@ -100,8 +102,6 @@ func (o *origin) run(f *fetch, src source) {
 
 // fetch brings what the store lacks of a content, and verifies it as a whole.
 func (o *origin) fetch(f *fetch, src source) error {
-	o.metrics.fetches.Inc()
-	defer o.metrics.fetches.Dec()
 	if f.small {
 		if err := o.fetchWhole(f, src); !errors.Is(err, errLarge) {
 			return err
