@@ -54,7 +54,7 @@ func TestDrain(t *testing.T) {
 func TestDrainHasALimit(t *testing.T) {
 	h := newHub(t)
 	d := h.blob(t, newBytes(8<<20))
-	r := start(t, h, t.TempDir(), func(c *Config) { c.DrainTimeout = 50 * time.Millisecond })
+	r := start(t, h, t.TempDir(), func(c *Config) { c.DrainTimeout = time.Second })
 	host := dial(t, r, "one")
 	host.lazy = true
 	_, no := host.join(d, from(""))

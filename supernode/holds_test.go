@@ -46,6 +46,14 @@ func TestWhoMerelySaysThatItHolds(t *testing.T) {
 			}
 			liars := []*host{says("mute", nil), says("wrong", digestOf([]byte("x"))), says("long", append(digestOf(b), digestOf(b)...)), says("another", digestOf(b[1<<20:2<<20]))}
 			holder := says("holder", digestOf(b[:layout.PieceSize]))
+			require.Eventually(t, func() (heard bool) {
+				return r.region.ask(t.Context(), func() {
+					heard = len(r.region.hosts) == len(liars)+1
+					for _, s := range r.region.hosts {
+						heard = heard && s.holds[pieces.TaskID(d)] != nil
+					}
+				}) && heard
+			}, wait, poll)
 			for i := range 2 {
 				late := dial(t, r, fmt.Sprint("late", i))
 				_, no := late.join(d, from("Basic good"))

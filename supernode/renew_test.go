@@ -132,6 +132,7 @@ func TestARunningTaskOutlivesAToken(t *testing.T) {
 	})
 	r := start(t, h, t.TempDir(), func(c *Config) { c.Now = by.now })
 	host, had := idler(t, r, "one", d, from(token))
+	require.Eventually(t, func() bool { return r.store.Tasks()[0].Complete }, wait, poll)
 	by.to(3 * time.Minute)
 	_, err := r.keys.verify(had.Ticket, pieces.TaskID(d), by.now())
 	require.ErrorIs(t, err, api.ErrTicket, "the first ticket ends with the token")
