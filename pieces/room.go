@@ -144,6 +144,29 @@ func (s *Store) shortLocked(n int64, leave bool) (shortage, error) {
 	return short, nil
 }
 
+// A length is somebody's claim. Nobody is evicted for it; but of two contents that do
+// not both fit one should become whole, so a large one begins only beside what those in
+// use are still to bring, as far as that is to be believed: this many bytes, and what
+// has come so many times.
+const (
+	believed = 16 << 20
+	earned   = 8
+)
+
+// claimsLocked returns how many bytes a content with layout l leaves to others, that
+// have not come yet.
+func (s *Store) claimsLocked(l Layout) (n int64) {
+	if Window(l) == l.Length {
+		return 0
+	}
+	for _, t := range s.tasks {
+		if t.pins > 0 && !t.IsWindow() {
+			n += max(0, min(t.layout.Length, believed+earned*t.held())-t.room)
+		}
+	}
+	return n
+}
+
 // makeRoomLocked evicts until n more bytes fit, nobody when that cannot be.
 func (s *Store) makeRoomLocked(n int64, leave bool) (trash []string, err error) {
 	short, err := s.shortLocked(n, leave)

@@ -298,7 +298,7 @@ func (s *Store) create(m Meta) (c *Content, trash []string, err error) {
 	}
 	t = newTask(s, m)
 	if !m.Window {
-		_, err = s.shortLocked(m.Layout.Length, false)
+		_, err = s.shortLocked(m.Layout.Length+s.claimsLocked(m.Layout), false)
 	} else {
 		var more []string
 		t.room, more, err = s.windowLocked(m.Layout, 0)

@@ -299,6 +299,23 @@ func TestWindowsLeaveRoom(t *testing.T) {
 	}
 }
 
+// Two contents that do not both fit: the one that came first becomes whole.
+func TestOneOfTwoBecomesWhole(t *testing.T) {
+	s := open(t, t.TempDir(), StoreConfig{Quota: 200 * MinPieceSize})
+	b, m := blob(40, 160*MinPieceSize)
+	first := create(t, s, m)
+	_, second := blob(41, 160*MinPieceSize)
+	_, err := s.Create(second)
+	wantErr(t, err, ErrQuota)
+	fill(t, first, b)
+	_, err = s.Create(second)
+	wantErr(t, err, ErrQuota)
+	first.Release()
+	if _, err = s.Create(second); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestEviction(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
