@@ -173,15 +173,20 @@ func TestPortInUse(t *testing.T) {
 	require.Contains(t, says, "--listen")
 }
 
+// A second process on one's data directory is refused, unless it is a dfdaemon that
+// takes the place of the first.
 func TestSecondProcess(t *testing.T) {
 	dir := t.TempDir()
-	start(t, "dfdaemon", "mirror", agent(dir)...)
-	code, says := fail(t, nil, "dfdaemon", agent(dir)...)
+	first := start(t, "dfdaemon", "mirror", agent(dir)...)
+	code, says := fail(t, nil, "dfdaemon", agent(dir, "--mirror-listen", "127.0.0.2:0")...)
 	require.Equal(t, 1, code, says)
 	require.Contains(t, says, "in use by another process")
 	code, says = fail(t, nil, "dfdaemon", agent(dir, "--data-dir", filepath.Join(dir, "other"))...)
 	require.Equal(t, 1, code, says)
 	require.Contains(t, says, "another process answers there")
+	second := start(t, "dfdaemon", "mirror", agent(dir)...)
+	require.NoError(t, first.Wait())
+	require.Equal(t, first.address, second.address)
 
 	dir = t.TempDir()
 	start(t, "supernode", "address", centre(dir)...)
