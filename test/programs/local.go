@@ -5,6 +5,7 @@ package programs
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -49,16 +50,18 @@ func (p *Local) Stop() {
 	p.cmd.Wait()
 }
 
-// Free returns n addresses on loopback that nobody listens at.
-func Free(n int) ([]string, error) {
-	var addrs []string
-	for range n {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+// Free returns n addresses on loopback that nobody listens at. Their ports are below
+// those that the kernel gives to whoever asks for any: nobody gets one before it is used.
+func Free(n int) (addrs []string, err error) {
+	for tries := 0; len(addrs) < n; tries++ {
+		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(20_000)))
+		switch {
+		case err == nil:
+			defer ln.Close()
+			addrs = append(addrs, ln.Addr().String())
+		case tries > 100*n:
 			return nil, err
 		}
-		defer ln.Close()
-		addrs = append(addrs, ln.Addr().String())
 	}
 	return addrs, nil
 }
