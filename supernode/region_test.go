@@ -545,7 +545,7 @@ func TestLiesCostOnlyTheLiar(t *testing.T) {
 			}
 		}
 		var up api.Up
-		for range 20 {
+		for range 10 {
 			id := uint64(rnd.IntN(200))
 			up.Done = append(up.Done, api.Done{Transfer: id, Piece: odd()})
 			up.Failed = append(up.Failed, api.Failed{Transfer: id, Why: api.Failure(odd()), RetryMS: int64(odd())})
