@@ -14,8 +14,8 @@ import (
 
 // Of each listener.
 const (
-	maxConnections = 4096
-	maxOfAddress   = 512 // several hosts may be behind one
+	maxConnections = 8192
+	maxOfAddress   = 2048 // several hosts may be behind one; each that says nothing takes some 10 KiB
 )
 
 // silentLimit is how long who has connected may say nothing once the server is to end.

@@ -81,7 +81,7 @@ func Default() Config {
 		StaleFor:     24 * time.Hour,
 		DrainTimeout: 25 * time.Second,
 
-		AddressConnections: 512,
+		AddressConnections: 2048,
 	}
 }
 

@@ -1,10 +1,13 @@
 package supernode
 
 import (
+	"errors"
 	"sync"
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"damselfly.dev/supernode/api"
 )
 
 const (
@@ -37,11 +40,20 @@ func (j *joinRate) allows(now time.Time) (bool, error) {
 	return false, nil
 }
 
-// floods remembers from where sessions came that ended as floods: a new one would begin
-// with all that a host may say at once. The zero value is ready.
+// floods remembers from where sessions came that ended as floods, for a new one would
+// begin with all that a host may say at once, or with what is no frame. The zero value is
+// ready.
 type floods struct {
 	mu    sync.Mutex
 	until map[string]time.Time
+}
+
+// after notes from where a session came that ended so, if it is to be barred. Nobody on
+// this machine is.
+func (f *floods) after(remote string, end error) {
+	if from := api.Neighbour(remote); from != "" && (errors.Is(end, errFlood) || errors.Is(end, api.ErrFrame)) {
+		f.note(from, time.Now())
+	}
 }
 
 func (f *floods) note(from string, now time.Time) {

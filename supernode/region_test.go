@@ -359,6 +359,15 @@ func TestBurstsOfJoinsAreNoFlood(t *testing.T) {
 func TestFloodsAreBarredForAWhile(t *testing.T) {
 	var f floods
 	now := time.Now()
+	for _, why := range []error{errFlood, fmt.Errorf("read session: %w", api.ErrFrame)} {
+		var f floods
+		f.after("127.0.0.1:1", why)
+		f.after("10.0.0.1:1", errSlow)
+		require.False(t, f.bars("10.0.0.1", now))
+		f.after("10.0.0.1:2", why)
+		require.True(t, f.bars("10.0.0.1", now))
+		require.Len(t, f.until, 1)
+	}
 	require.False(t, f.bars("10.0.0.1", now))
 	f.note("10.0.0.1", now)
 	require.True(t, f.bars("10.0.0.1", now.Add(barredFor-1)))

@@ -142,7 +142,7 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	defer n.sessions.Leave(api.Neighbour(r.RemoteAddr))
 	if n.floods.bars(api.Neighbour(r.RemoteAddr), time.Now()) {
 		n.metrics.refused.Inc()
-		writeError(w, http.StatusServiceUnavailable, api.CodeTooManyHosts, "a session from this address has just ended for what it said at once: come back in some seconds")
+		writeError(w, http.StatusServiceUnavailable, api.CodeTooManyHosts, "a session from this address has just ended for what it said: come back in some seconds")
 		return
 	}
 	conn, err := api.Accept(w, r)
@@ -167,6 +167,7 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 		hello, err = s.hello(ctx)
 	}
 	if err != nil {
+		n.floods.after(s.remote, err)
 		n.log.Info("session refused", zap.String("remote", s.remote), zap.Error(err))
 		conn.Close(err.Error())
 		return
@@ -182,9 +183,7 @@ func (n *Supernode) serveSession(w http.ResponseWriter, r *http.Request) {
 	var wg sync.WaitGroup
 	cancel(s.read(ctx, &wg))
 	n.region.do(func() { n.region.hostDown(s) })
-	if from := api.Neighbour(s.remote); errors.Is(context.Cause(ctx), errFlood) && from != "" {
-		n.floods.note(from, time.Now())
-	}
+	n.floods.after(s.remote, context.Cause(ctx))
 	n.log.Info("session ends", zap.String("host", s.name), zap.Error(context.Cause(ctx)))
 	wg.Wait()
 	s.stop()

@@ -173,7 +173,7 @@ func TestSessionRefusesWhatIsTooLargeOrMalformed(t *testing.T) {
 				_, node, below := pair(t, nil)
 				go func() { _, _ = below.Write(frame) }()
 				_, err := node.Read(t.Context())
-				require.Error(t, err)
+				require.ErrorIs(t, err, ErrFrame)
 			})
 		})
 	}

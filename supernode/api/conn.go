@@ -48,6 +48,9 @@ const (
 	maxKept  = 16 << 10 // bytes of a buffer that is used again
 )
 
+// ErrFrame is of a frame that no program of ours sends.
+var ErrFrame = errors.New("malformed frame")
+
 // Conn is one end of a session that reads In and writes Out: after an HTTP
 // upgrade, frames of CBOR, each behind its length in four bytes, the highest
 // first. One goroutine may read while others write and one calls Tick.
@@ -183,7 +186,7 @@ func FrameSize(b []byte) (int, error) {
 	}
 	n := binary.BigEndian.Uint32(b) &^ goodbye
 	if n > MaxFrame {
-		return 0, fmt.Errorf("a frame of %d bytes, more than %d", n, MaxFrame)
+		return 0, fmt.Errorf("%w: %d bytes, more than %d", ErrFrame, n, MaxFrame)
 	}
 	return headSize + int(n), nil
 }
@@ -200,7 +203,7 @@ func ParseFrame(frame []byte, batch any) error {
 		return err
 	}
 	if err := dec.Unmarshal(body, batch); err != nil {
-		return fmt.Errorf("malformed frame: %w", err)
+		return fmt.Errorf("%w: %w", ErrFrame, err)
 	}
 	return nil
 }
