@@ -79,7 +79,8 @@ func startSupernodeFor(t *testing.T, from registryproxy.Config, dir, address str
 		address = "127.0.0.1:0"
 	}
 	cfg := supernode.Default()
-	cfg.DrainTimeout = 0 // most tests end it to have it gone
+	cfg.DrainTimeout = 0           // most tests end it to have it gone
+	cfg.TagFreshness = time.Minute // a busy machine takes its time, and tags are asked for once
 	cfg.DataDir, cfg.Listen, cfg.Registries = dir, address, from
 	cfg.TLS = secure().settings()
 	for _, e := range edit {
