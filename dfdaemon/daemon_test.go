@@ -27,7 +27,7 @@ import (
 )
 
 const (
-	waitLimit = 30 * time.Second
+	waitLimit = time.Minute
 	waitTick  = 10 * time.Millisecond
 )
 

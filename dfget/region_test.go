@@ -426,7 +426,7 @@ func open(t *testing.T, h *host, r Request, off, n int64) *Stream {
 }
 
 const (
-	waitFor = 10 * time.Second
+	waitFor = time.Minute
 	tick    = 10 * time.Millisecond
 )
 

@@ -202,7 +202,7 @@ func (r *testRegion) get(method, path string, header ...string) reply {
 
 // How long a test waits for what must come, and how often it looks.
 const (
-	wait = 20 * time.Second
+	wait = time.Minute
 	poll = 5 * time.Millisecond
 )
 

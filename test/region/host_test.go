@@ -34,7 +34,7 @@ import (
 const registryName = "reg.test"
 
 const (
-	waitLimit = 30 * time.Second
+	waitLimit = time.Minute
 	waitTick  = 10 * time.Millisecond
 )
 
