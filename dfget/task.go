@@ -369,8 +369,9 @@ func (p *Peer) checkLocked(ctx context.Context, t *task) {
 		p.mu.Lock()
 		for t.check && ctx.Err() == nil {
 			t.check = false
+			c, sparse := t.content, t.sparse
 			p.mu.Unlock()
-			full, lost, wrong := p.check(ctx, t.content, t.sparse)
+			full, lost, wrong := p.check(ctx, c, sparse)
 			if wrong {
 				p.drop(t.id, "it does not have its digest")
 			}
