@@ -139,6 +139,7 @@ func TestWrongUsage(t *testing.T) {
 func TestDataDirWithoutPermission(t *testing.T) {
 	dir := filepath.Join(bin, t.Name())
 	require.NoError(t, os.Mkdir(dir, 0o755))
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	var as *syscall.Credential
 	if os.Geteuid() == 0 {
 		as = &syscall.Credential{Uid: 65534, Gid: 65534}
