@@ -109,19 +109,25 @@ func (s *Scheduler) TaskRemove(now time.Time, id TaskID) {
 // Join makes host one that has these pieces of task and wants all others; a
 // seed wants none. Joining again replaces what is known of its pieces.
 func (s *Scheduler) Join(now time.Time, host HostID, task TaskID, have pieces.Set) {
-	s.join(now, host, task, have, wantsAll)
+	s.join(now, host, task, have, wantsAll, true)
 }
 
 // JoinLazy is Join for a host that wants only what it asks for by Want. One that
 // has joined goes on wanting all.
 func (s *Scheduler) JoinLazy(now time.Time, host HostID, task TaskID, have pieces.Set) {
-	s.join(now, host, task, have, wantsSome)
+	s.join(now, host, task, have, wantsSome, true)
 }
 
 // Hold is Join for a host that wants nothing more. One that has joined goes on
 // wanting.
 func (s *Scheduler) Hold(now time.Time, host HostID, task TaskID, have pieces.Set) {
-	s.join(now, host, task, have, wantsNone)
+	s.join(now, host, task, have, wantsNone, true)
+}
+
+// Given is Hold for what host was sent by other means than a transfer: nobody has to
+// take its word for it.
+func (s *Scheduler) Given(now time.Time, host HostID, task TaskID, have pieces.Set) {
+	s.join(now, host, task, have, wantsNone, false)
 }
 
 // What a host that joins wants.
@@ -131,7 +137,7 @@ const (
 	wantsAll
 )
 
-func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Set, wants int) {
+func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Set, wants int, says bool) {
 	s.clock(now)
 	h, t := s.hosts[host], s.tasks[task]
 	if h == nil || t == nil || have.Cap() != t.n && have.Cap() != 0 {
@@ -144,7 +150,9 @@ func (s *Scheduler) join(now time.Time, host HostID, task TaskID, have pieces.Se
 	}
 	for i := range have.All() {
 		if !p.have.has(i) {
-			s.claims(h)
+			if says {
+				s.claims(h)
+			}
 			s.gain(p, i, nil)
 		}
 	}

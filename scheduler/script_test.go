@@ -174,7 +174,7 @@ func (r *script) command(name string, args []string) error {
 		s.TaskRemove(r.now, TaskID(num(0)))
 	case "leave":
 		s.Leave(r.now, HostID(num(0)), TaskID(num(1)))
-	case "join", "lazy", "hold", "have", "lost", "want":
+	case "join", "lazy", "hold", "given", "have", "lost", "want":
 		r.have(name, HostID(num(0)), TaskID(num(1)), append(args, "none")[2])
 	case "done", "fail", "soon":
 		r.decisions()
@@ -219,6 +219,8 @@ func (r *script) have(name string, host HostID, task TaskID, which string) {
 		r.s.Join(r.now, host, task, set)
 	case "hold":
 		r.s.Hold(r.now, host, task, set)
+	case "given":
+		r.s.Given(r.now, host, task, set)
 	case "lazy":
 		r.s.JoinLazy(r.now, host, task, set)
 	case "have":

@@ -18,6 +18,7 @@ type holding struct {
 	have   pieces.Set
 	digest pieces.Digest // that it says the first of them has
 	proved bool          // it has joined the task, or the digest was right
+	given  bool          // it had all with the answer to its join
 }
 
 // hold notes what a host says it has; others are told of it only once it is proved. Of what a URL gives nobody can tell which
@@ -35,12 +36,15 @@ func (r *region) hold(now time.Time, s *session, h api.Hold) {
 	if t != nil && t.layout != h.Layout {
 		return
 	}
-	proved := s.holds[id] != nil && s.holds[id].proved
+	var was holding
+	if h := s.holds[id]; h != nil {
+		was = *h
+	}
 	s.holding(id, nil)
 	if len(s.holds) >= maxHeld || s.heldBytes+len(h.Have) > maxHeldBytes {
 		return
 	}
-	of := &holding{layout: h.Layout, have: have, proved: proved}
+	of := &holding{layout: h.Layout, have: have, proved: was.proved, given: was.given}
 	if ds, err := pieces.ParseDigests(h.Digest); err == nil && len(ds) == 1 {
 		of.digest = ds[0]
 	}
@@ -69,6 +73,10 @@ func (r *region) believe(now time.Time, s *session, t *task) {
 		if h.proved = t.content.Digest(first) == h.digest; !h.proved {
 			return
 		}
+	}
+	if h.given {
+		r.sched.Given(now, s.id, t.num, h.have)
+		return
 	}
 	r.sched.Hold(now, s.id, t.num, h.have)
 }

@@ -53,6 +53,15 @@ func TestSmallContentComesWithTheAnswer(t *testing.T) {
 		require.Equal(t, pieces.AppendDigests(nil, pieces.Sum(b)), k.Digest)
 		require.Empty(t, k.Ticket)
 		require.Empty(t, host.assigns)
+		all := pieces.FullSet(1)
+		host.send(api.Up{Hold: []api.Hold{{Task: d, Layout: k.Layout, Have: all.Bytes(), Digest: k.Digest}}})
+		s := r.session(host.name)
+		require.Eventually(t, func() (given bool) { // what it says then is no mere word
+			return r.region.ask(t.Context(), func() {
+				of := s.holds[pieces.TaskID(d)]
+				given = of.given && of.digest == pieces.Sum(b)
+			}) && given
+		}, wait, poll)
 	}
 	require.Equal(t, 1, h.times("GET /v2/demo/app/blobs/"+d))
 	old := dial(t, r, "old") // knows nothing of it

@@ -99,7 +99,7 @@ func (r *region) grant(s *session, j api.Join, l *lease, data []byte) {
 		h = &holding{layout: t.layout, have: pieces.NewSet(t.layout.Count())}
 		s.holding(id, h)
 	}
-	h.proved = true
+	h.proved, h.given = true, false
 	if m.lazy {
 		r.sched.JoinLazy(now, s.id, t.num, h.have)
 		return
@@ -135,7 +135,7 @@ func (r *region) gives(s *session, t *task, n int) bool {
 	r.given += n
 	have := pieces.NewSet(1)
 	have.Add(0)
-	s.holding(t.id, &holding{layout: t.layout, have: have, proved: true})
+	s.holding(t.id, &holding{layout: t.layout, have: have, proved: true, given: true})
 	return true
 }
 
