@@ -6,8 +6,6 @@ import (
 	"io"
 	"net/http"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -36,31 +34,23 @@ func (a *answer) hold(reference string) error {
 // checked is a mirror's blob. A mirror that breaks off, or whose bytes are not
 // the blob's, is not asked for that blob for a while.
 type checked struct {
-	io.ReadCloser
-	x    *exchange
-	sum  digest.Verifier // nil where not all of the blob is read
-	left int64
+	io.Reader
+	io.Closer
+	x *exchange
 }
 
 func (x *exchange) check(resp *http.Response) io.ReadCloser {
-	c := &checked{ReadCloser: resp.Body, x: x, left: resp.ContentLength}
-	if resp.StatusCode == http.StatusOK && c.left > 0 {
-		c.sum = x.blob.Verifier()
+	c := &checked{resp.Body, resp.Body, x}
+	if resp.StatusCode == http.StatusOK {
+		c.Reader = Verified(resp.Body, x.blob.Verifier(), errDamaged)
 	}
 	return c
 }
 
-// Read gives the last bytes only when all are right.
+// Read implements io.Reader.
 func (c *checked) Read(p []byte) (int, error) {
-	n, err := c.ReadCloser.Read(p)
-	c.left -= int64(n)
-	if c.sum != nil {
-		_, _ = c.sum.Write(p[:n]) // a hash takes all
-		if c.left == 0 && n > 0 && !c.sum.Verified() {
-			n, err = 0, errDamaged
-		}
-	}
-	if err != nil && err != io.EOF && c.x.caller.Err() == nil {
+	n, err := c.Reader.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) && c.x.caller.Err() == nil {
 		c.x.endpoint.unhealthy.put(c.x.path, struct{}{}, unhealthyTime)
 	}
 	return n, err

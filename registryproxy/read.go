@@ -1,6 +1,7 @@
 package registryproxy
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -270,6 +271,32 @@ func (a *answer) blob(off, n int64) (b *BlobBody, err error) {
 		b.ReadCloser = &exact{a.body, left, a.body.failed(io.ErrUnexpectedEOF)}
 	}
 	return b, nil
+}
+
+// verified gives what in does, the last of it only when all has the digest of sum.
+type verified struct {
+	in  *bufio.Reader
+	sum digest.Verifier
+	no  error
+}
+
+// Verified reads from in, but fails with no in the place of the last bytes where all of
+// them together, with what sum has had before, do not have its digest.
+func Verified(in io.Reader, sum digest.Verifier, no error) io.Reader {
+	return &verified{bufio.NewReader(in), sum, no}
+}
+
+// Read implements io.Reader.
+func (v *verified) Read(p []byte) (int, error) {
+	n, err := v.in.Read(p)
+	_, _ = v.sum.Write(p[:n]) // a hash takes all
+	if err == nil {
+		_, err = v.in.Peek(1) // there is more, or this is the end
+	}
+	if errors.Is(err, io.EOF) && !v.sum.Verified() {
+		return 0, v.no
+	}
+	return n, err
 }
 
 // HeadBlob asks for a blob's length, -1 if the registry does not say.

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
 	"damselfly.dev/pieces"
@@ -86,7 +87,11 @@ func (n *Supernode) forward(w http.ResponseWriter, r *http.Request, route regist
 	w.WriteHeader(resp.StatusCode)
 	out := newSteady(w)
 	defer out.done()
-	if _, err := io.Copy(out, resp.Body); err != nil {
+	var body io.Reader = resp.Body
+	if route.Kind == registryproxy.KindBlob && r.Method == http.MethodGet && resp.StatusCode == http.StatusOK {
+		body = registryproxy.Verified(body, digest.Digest(route.Reference).Verifier(), errWrong)
+	}
+	if _, err := io.Copy(out, body); err != nil {
 		panic(http.ErrAbortHandler) // so that what is cut does not look whole
 	}
 }
@@ -132,13 +137,25 @@ func (n *Supernode) serveBlob(w http.ResponseWriter, r *http.Request, route regi
 		return
 	}
 	n.send(w, r, wanted, func(out *steady, span registryproxy.ByteRange) error {
-		sent, err := l.stream(r.Context(), out, span)
-		n.metrics.sentBytes.Add(float64(sent))
-		if err != nil && r.Context().Err() == nil && !errors.Is(err, errWrong) {
-			rest := registryproxy.ByteRange{Offset: span.Offset + sent, Length: span.Length - sent}
-			err = n.continueBlob(r.Context(), out, route, rest, who)
+		whole, to := span.Length == l.Layout().Length, io.Writer(out)
+		var sum digest.Verifier
+		if whole && !l.whole() { // what is sent now may not be there when the rest comes from elsewhere
+			sum = id.Content().Verifier()
+			to = io.MultiWriter(sum, out)
 		}
-		return err
+		sent, err := l.stream(r.Context(), to, span)
+		n.metrics.sentBytes.Add(float64(sent))
+		if err == nil || r.Context().Err() != nil || errors.Is(err, errWrong) {
+			return err
+		}
+		if whole && sum == nil {
+			sum = id.Content().Verifier()
+			if _, err := l.CopyRange(sum, 0, sent); err != nil {
+				return err
+			}
+		}
+		rest := registryproxy.ByteRange{Offset: span.Offset + sent, Length: span.Length - sent}
+		return n.continueBlob(r.Context(), out, route, rest, sum, who)
 	})
 }
 
@@ -289,12 +306,19 @@ func (n *Supernode) direct(w http.ResponseWriter, r *http.Request, route registr
 		return
 	}
 	n.send(w, r, wanted, func(out *steady, span registryproxy.ByteRange) error {
-		return n.continueBlob(r.Context(), out, route, span, who)
+		var sum digest.Verifier
+		if span.Length == size {
+			sum = digest.Digest(route.Reference).Verifier()
+		}
+		return n.continueBlob(r.Context(), out, route, span, sum, who)
 	})
 }
 
-// continueBlob writes a range of a blob straight from the registry.
-func (n *Supernode) continueBlob(ctx context.Context, w io.Writer, route registryproxy.Route, span registryproxy.ByteRange, who registryproxy.Caller) error {
+// continueBlob writes a range of a blob straight from the registry. With sum, which has had
+// what comes before, it ends the blob: its last bytes are written only if all are right.
+func (n *Supernode) continueBlob(
+	ctx context.Context, w io.Writer, route registryproxy.Route, span registryproxy.ByteRange, sum digest.Verifier, who registryproxy.Caller,
+) error {
 	if span.Length == 0 {
 		return nil
 	}
@@ -303,7 +327,11 @@ func (n *Supernode) continueBlob(ctx context.Context, w io.Writer, route registr
 		return err
 	}
 	defer func() { _ = b.Close() }()
-	got, err := io.Copy(w, b)
+	var in io.Reader = b
+	if sum != nil {
+		in = registryproxy.Verified(in, sum, errWrong)
+	}
+	got, err := io.Copy(w, in)
 	n.metrics.originBytes.Add(float64(got))
 	n.metrics.sentBytes.Add(float64(got))
 	if err == nil && got < span.Length {

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -458,34 +459,49 @@ func TestWhatDoesNotFitGoesPastTheCache(t *testing.T) {
 	require.Equal(t, hexOf(b[100:200]), hexOf(got.body))
 }
 
+// Where the store breaks midway the registry gives the rest; what was given before, and
+// turns out to be wrong, does not end as if it were whole.
 func TestStoreThatBreaksMidwayDoesNotCutABlob(t *testing.T) {
-	h := newHub(t)
-	b := newBytes(1 << 20)
-	d := h.blob(t, b)
-	goOn := make(chan struct{})
-	var first atomic.Bool
-	h.misbehave(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Method != http.MethodGet || first.Swap(true) {
-			return false
-		}
-		w.Header().Set("Content-Length", fmt.Sprint(len(b)))
-		_, _ = w.Write(b[:600_000])
-		w.(http.Flusher).Flush()
-		<-goOn
-		_, _ = w.Write(b[600_000:])
-		return true
-	})
-	r := start(t, h, t.TempDir(), nil)
-	got := make(chan reply, 1)
-	go func() { got <- r.get(http.MethodGet, v2("blobs", d)) }()
-	require.Eventually(t, func() bool { return r.metric("damselfly_sent_bytes_total") > 0 || h.times(blobs) > 0 }, wait, poll)
-	require.Eventually(t, func() bool {
-		tasks := r.store.Tasks()
-		return len(tasks) == 1 && tasks[0].Have.Len() == 600_000/pieces.MinPieceSize
-	}, wait, poll)
-	require.NoError(t, r.store.Remove(pieces.TaskID(d)))
-	close(goOn)
-	whole := <-got
-	require.NoError(t, whole.err)
-	require.Equal(t, hexOf(b), hexOf(whole.body))
+	for _, wrong := range []bool{false, true} {
+		t.Run(fmt.Sprint("wrong at first ", wrong), func(t *testing.T) {
+			h := newHub(t)
+			b := newBytes(1 << 20)
+			d := h.blob(t, b)
+			goOn := make(chan struct{})
+			var first atomic.Bool
+			h.misbehave(func(w http.ResponseWriter, r *http.Request) bool {
+				if r.Method != http.MethodGet || first.Swap(true) {
+					return false
+				}
+				sends := slices.Clone(b)
+				if wrong {
+					sends[1000] ^= 1
+				}
+				w.Header().Set("Content-Length", fmt.Sprint(len(b)))
+				_, _ = w.Write(sends[:600_000])
+				w.(http.Flusher).Flush()
+				<-goOn
+				_, _ = w.Write(sends[600_000:])
+				return true
+			})
+			r := start(t, h, t.TempDir(), nil)
+			got := make(chan reply, 1)
+			go func() { got <- r.get(http.MethodGet, v2("blobs", d)) }()
+			require.Eventually(t, func() bool { return r.metric("damselfly_sent_bytes_total") > 0 || h.times(blobs) > 0 }, wait, poll)
+			require.Eventually(t, func() bool {
+				tasks := r.store.Tasks()
+				return len(tasks) == 1 && tasks[0].Have.Len() == 600_000/pieces.MinPieceSize
+			}, wait, poll)
+			require.NoError(t, r.store.Remove(pieces.TaskID(d)))
+			close(goOn)
+			whole := <-got
+			if wrong {
+				require.Error(t, whole.err)
+				require.Less(t, len(whole.body), len(b))
+				return
+			}
+			require.NoError(t, whole.err)
+			require.Equal(t, hexOf(b), hexOf(whole.body))
+		})
+	}
 }

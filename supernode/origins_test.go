@@ -56,7 +56,8 @@ func TestRegistryThatOnlyClaimsABlobOpensNothing(t *testing.T) {
 	_, no = thief.join(d, api.Origin{URL: evil.URL + "/v2/demo/app/blobs/" + d})
 	require.NotNil(t, no)
 	got := r.get(http.MethodGet, "/v2/demo/app/blobs/"+d+"?ns=other.test")
-	require.Equal(t, hexOf(wrong), hexOf(got.body), "its own bytes and no others")
+	require.Error(t, got.err, "what is no such blob looks whole")
+	require.True(t, bytes.HasPrefix(wrong, got.body), "its own bytes and no others")
 	require.Equal(t, hexOf(b), hexOf(r.get(http.MethodGet, v2("blobs", d), "Authorization", "Basic good").body))
 }
 
@@ -124,4 +125,36 @@ func TestSameBlobOfTwoRegistriesIsOneContent(t *testing.T) {
 	require.Equal(t, 1, h.times(blobs+d))
 	require.Equal(t, 1, other.times(blobs+d), "read once, to see that it is the same")
 	require.Equal(t, len(b), r.metric("damselfly_unique_bytes_total"))
+}
+
+// What goes past the cache has its digest, too, or breaks off before its end: also where
+// the registry names no length.
+func TestWrongBytesBreakOffPastTheCache(t *testing.T) {
+	h, other := newHub(t), newHub(t)
+	b := newBytes(1 << 20)
+	d := h.blob(t, b)
+	other.blob(t, b)
+	r := twoHubs(t, h, other)
+	require.Equal(t, hexOf(b), hexOf(r.get(http.MethodGet, v2("blobs", d)).body)) // and others have to show that they have it
+	path := "/v2/demo/app/blobs/" + d + "?ns=other.test"
+	for name, sends := range map[string][]byte{"right": b, "another": newBytes(1 << 20)[1:], "with more": append(bytes.Clone(b), 1)} {
+		for _, length := range []bool{true, false} {
+			asked := 0
+			other.misbehave(func(w http.ResponseWriter, r *http.Request) bool {
+				if length {
+					w.Header().Set("Content-Length", strconv.Itoa(len(sends)))
+				}
+				if r.Method == http.MethodHead {
+					return true
+				}
+				if asked++; asked%2 == 1 { // that which would let it into the cache
+					w.Header().Set("Content-Length", "1")
+				}
+				_, _ = w.Write(sends)
+				return true
+			})
+			got := r.get(http.MethodGet, path)
+			require.Equal(t, name == "right", got.err == nil && len(got.body) == len(sends), "%s: %d bytes, %v", name, len(got.body), got.err)
+		}
+	}
 }
