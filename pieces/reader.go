@@ -12,9 +12,9 @@ import (
 
 // CopyRange writes the n bytes from off on to w, and returns how many it wrote.
 // It ends with ErrMissing at a piece that is not there, or turns out not to be
-// right; before the first byte when that is so already. More than a few KiB w is
-// given as an *io.LimitedReader of an *os.File by io.Copy, which is what net/http
-// sends with sendfile.
+// right; before the first byte when that is so already. Of a content that is all
+// there w is given more than a few KiB as an *io.LimitedReader of an *os.File by
+// io.Copy, which is what net/http sends with sendfile.
 func (c *Content) CopyRange(w io.Writer, off, n int64) (int64, error) {
 	if err := c.checkRange(off, n); err != nil {
 		return 0, err
@@ -132,8 +132,15 @@ func (c *Content) pinFresh(f *os.File, first, end int) (int, error) {
 }
 
 // copyN copies n bytes from where f stands.
-func (c *Content) copyN(w io.Writer, f *os.File, n int64) (int64, error) {
-	done, err := io.Copy(w, &io.LimitedReader{R: f, N: n})
+func (c *Content) copyN(w io.Writer, f *os.File, n int64) (done int64, err error) {
+	from := &io.LimitedReader{R: f, N: n}
+	if c.lend() {
+		done, err = io.Copy(w, from)
+	} else {
+		buf := c.store.buffer(min(n, hashStep))
+		done, err = io.CopyBuffer(struct{ io.Writer }{w}, from, *buf)
+		c.store.free(buf)
+	}
 	if err == nil && done < n {
 		err = io.ErrUnexpectedEOF
 	}

@@ -34,10 +34,13 @@ func TestCopyRange(t *testing.T) {
 	b, m := blob(40, 3*MinPieceSize+11)
 	c := create(t, open(t, t.TempDir(), StoreConfig{}), m)
 	l := m.Layout
-	for i := range 3 {
+	keep := func(i int) {
 		if _, err := c.Make(i, bytes.NewReader(piece(l, b, i))); err != nil {
 			t.Fatal(err)
 		}
+	}
+	for i := range 3 {
+		keep(i)
 	}
 	const p = MinPieceSize
 	for _, tt := range []struct {
@@ -68,8 +71,18 @@ func TestCopyRange(t *testing.T) {
 		if err != nil || n != tt.n || !bytes.Equal(w.Bytes(), b[tt.off:tt.off+tt.n]) {
 			t.Errorf("%d bytes from %d: %d bytes, %v", tt.n, tt.off, n, err)
 		}
-		if file := tt.n > smallCopy; (w.files == 1) != file || w.others != 0 {
-			t.Errorf("%d bytes from %d reach the connection as a file: %v", tt.n, tt.off, !file)
+		if w.files != 0 || w.others != 0 {
+			t.Errorf("%d bytes from %d reach the connection as a file, which may yet be punched", tt.n, tt.off)
+		}
+	}
+	keep(3)
+	for _, n := range []int64{smallCopy, smallCopy + 1, m.Layout.Length} {
+		var w sink
+		if _, err := c.CopyRange(&w, 0, n); err != nil || !bytes.Equal(w.Bytes(), b[:n]) {
+			t.Errorf("%d bytes of all: %v", n, err)
+		}
+		if file := n > smallCopy; (w.files == 1) != file || w.others != 0 {
+			t.Errorf("%d bytes of all reach the connection as a file: %v", n, !file)
 		}
 	}
 }

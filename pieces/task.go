@@ -45,6 +45,7 @@ type task struct {
 	waiters map[int]chan struct{}
 	dirty   bool  // the content or the record is not synced
 	suspect bool  // the record on disk may be wrong about what is there
+	lent    bool  // connections may be reading the content's file, which stays as it is
 	why     error // why gone is closed
 
 	freshFrom time.Time

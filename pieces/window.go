@@ -25,6 +25,16 @@ func (c *Content) Room() int64 {
 // Window returns how many bytes a window of content with layout l has, if it may.
 func Window(l Layout) int64 { return min(l.Length, max(windowPieces*l.PieceSize, windowBytes)) }
 
+// lend tells whether the file itself may be given to a connection, which goes on
+// reading it when sendfile has long returned: a piece that is punched before that goes
+// out as zeros. So that is no part of a window, nor ever will be.
+func (t *task) lend() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.lent = t.lent || t.have.Full() && !t.meta.Window
+	return t.lent
+}
+
 // reading is a run of pieces that are on their way to somebody: they are not
 // dropped.
 type reading struct{ first, end int }
@@ -68,11 +78,11 @@ func (c *Content) Narrow() error {
 		return c.ended()
 	}
 	room, trash, err := s.windowLocked(c.layout, c.held()+c.coming)
+	if err == nil && !c.narrow() {
+		err = ErrQuota
+	}
 	if err == nil {
 		s.resizeLocked(c.task, room)
-		c.mu.Lock()
-		c.meta.Window = true
-		c.mu.Unlock()
 	}
 	s.mu.Unlock()
 	s.discard(trash)
@@ -81,6 +91,14 @@ func (c *Content) Narrow() error {
 	}
 	_ = c.change(func(*Meta) {}, false) // where that cannot be written, the next start finds a content in part
 	return nil
+}
+
+// narrow makes t a window, and tells whether it may be one.
+func (t *task) narrow() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.meta.Window = !t.lent
+	return t.meta.Window
 }
 
 // wholeLocked makes t, of which a window is kept, one that is kept whole, unless
