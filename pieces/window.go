@@ -197,7 +197,7 @@ func (c *Content) give(f *os.File, n int64) bool {
 func (c *Content) unlessNeeded(i int) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.have.Has(i) || c.near.Has(i) {
+	if !c.have.Has(i) || c.near.Has(i) || c.lent {
 		return false
 	}
 	for _, r := range c.readings {
