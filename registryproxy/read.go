@@ -283,7 +283,7 @@ type verified struct {
 // Verified reads from in, but fails with no in the place of the last bytes where all of
 // them together, with what sum has had before, do not have its digest.
 func Verified(in io.Reader, sum digest.Verifier, no error) io.Reader {
-	return &verified{bufio.NewReader(in), sum, no}
+	return &verified{bufio.NewReaderSize(in, 32<<10), sum, no} // as much as io.Copy takes at once
 }
 
 // Read implements io.Reader.
